@@ -1,0 +1,3 @@
+"""The control plane of vitscale: Ray, MLflow and the services of one machine."""
+
+DISTRIBUTION = "vitscale"

@@ -1,0 +1,89 @@
+"""A job: which runs the driver on the cluster is to get done, as an object in the store of runs.
+
+The specification is written under its own digest and holds no secret; the entry point of every job is the
+same fixed command with that digest, so nothing that a person typed ever reaches a shell.
+"""
+
+import hashlib
+import json
+
+from pydantic import Field, ValidationError, field_validator
+
+from workers.config import Part, RunConfig, explain
+from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
+from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
+
+FAMILIES: dict[str, type[VitscaleError]] = {
+    family.__name__: family for family in (ConfigError, DataError, CheckpointError, VitscaleError)
+}
+
+
+class JobSpec(Part):
+    """Runs to get done. They share worker groups, as many at a time as the cluster has room for."""
+
+    configs: tuple[RunConfig, ...]
+    runs: str
+    """Root URL of the store of runs."""
+    mlflow: str
+    experiment: str
+    parent: str | None = None
+    """Name of the MLflow run under which these nest, such as a study's."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    register_as: str | None = None
+    """Name of the registered model whose next version the run's result becomes."""
+
+    @field_validator("configs", mode="before")
+    @classmethod
+    def _tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+
+
+def run_url(runs: str, config: RunConfig) -> str:
+    return join_url(runs, "runs", config.run)
+
+
+def write_spec(spec: JobSpec) -> None:
+    store = open_store(spec.runs)
+    try:
+        store.create(_spec_key(spec.digest), spec.to_bytes())
+    except AlreadyExists:
+        return
+
+
+def read_spec(runs: str, digest: str) -> JobSpec:
+    data = open_store(runs).read(_spec_key(digest))
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DataError(f"job specification {digest[:12]} was changed after it was written")
+    try:
+        return JobSpec.model_validate(json.loads(data))
+    except ValidationError as error:
+        raise ConfigError(f"job specification {digest[:12]}: {explain(error, JobSpec)}") from None
+
+
+def write_failure(store: Store, job: str, error: VitscaleError) -> None:
+    """Why a job ended, for the command that waits for it."""
+    family = next(name for name, kind in FAMILIES.items() if isinstance(error, kind))
+    store.write(_failure_key(job), json.dumps({"family": family, "message": str(error)}).encode())
+
+
+def read_failure(store: Store, job: str) -> VitscaleError | None:
+    try:
+        values = json.loads(store.read(_failure_key(job)))
+    except NotFound:
+        return None
+    return FAMILIES[values["family"]](values["message"])
+
+
+def _spec_key(digest: str) -> str:
+    return f"jobs/{digest}.json"
+
+
+def _failure_key(job: str) -> str:
+    return f"jobs/{job}.failure.json"

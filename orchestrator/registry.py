@@ -1,0 +1,260 @@
+"""Registered models: a version points to a manifest, with its digest; a logged promotion moves an alias.
+
+The truth about aliases is the create-once log `promotions/<model>/<seq>.json` in the store of runs; MLflow's
+alias follows it. MLflow alone would let the last writer win without a word.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.tracking import MlflowClient
+
+from orchestrator.job import run_url
+from workers.config import RunConfig
+from workers.errors import CheckpointError, ConfigError, DataError
+from workers.storage import AlreadyExists, NotFound, join_url, open_store
+from workers.training.checkpoint import Manifest, open_manifest
+from workers.training.commits import CommitLog
+from workers.training.restore import restore_test
+
+DIGEST_TAG = "vitscale.manifest_sha256"
+LOCAL = "vitscale+"
+"""Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
+
+
+@dataclass(frozen=True)
+class Version:
+    model: str
+    version: int
+    manifest: str
+    """URL of its MANIFEST.json."""
+    digest: str
+    """sha256 of that."""
+    run: str
+    run_id: str
+    """Of MLflow."""
+    parent: str
+    """`model/version` that it was fine-tuned from, or empty."""
+    image_size: int
+    metrics: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a version must show before an alias may move to it; it must also pass a restore test."""
+
+    metric: str = "val_accuracy"
+    minimum: float = 0.0
+
+
+@dataclass(frozen=True)
+class Promotion:
+    seq: int
+    model: str
+    version: int
+    alias: str
+    manifest: str
+    digest: str
+    metric: str
+    value: float
+    minimum: float
+    previous: int | None
+    """The version that held the alias before."""
+    time: float
+    user: str
+
+
+class Registry:
+    def __init__(self, client: MlflowClient, runs: str) -> None:
+        self._client = client
+        self._runs = runs
+        self._store = open_store(runs)
+
+    def register(self, model: str, config: RunConfig, run_id: str) -> Version:
+        """The version that points to this run's final commit, made if it is not there."""
+        check_name(model, "model")
+        url = run_url(self._runs, config)
+        head = CommitLog(open_store(url)).head()
+        if head is None or not head.complete:
+            raise CheckpointError(
+                f"{config.run} has no final checkpoint to register; train it to its end first"
+            )
+        for version in self.versions(model):
+            if version.digest == head.digest:
+                return version
+        manifest_url = join_url(url, head.manifest)
+        _, manifest = open_manifest(manifest_url, head.digest)
+        self._ensure_model(model)
+        created = self._client.create_model_version(
+            model,
+            source=_to_source(manifest_url),
+            run_id=run_id,
+            tags=_tags(config, manifest, head.digest),
+        )
+        return _from_mlflow(created)
+
+    def versions(self, model: str | None = None) -> list[Version]:
+        """Oldest first; of one model, or of all."""
+        query = f"name = '{model}'" if model else ""
+        try:
+            found = list(self._client.search_model_versions(query, max_results=1000))
+        except MlflowException as error:
+            raise DataError(
+                f"MLflow cannot be asked for models ({error}); is it up? `vitscale up`"
+            ) from error
+        ours = [_from_mlflow(version) for version in found if DIGEST_TAG in version.tags]
+        return sorted(ours, key=lambda v: (v.model, v.version))
+
+    def resolve(self, reference: str) -> Version:
+        """`model@alias` by the promotion log, or `model/version`."""
+        match = re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", reference)
+        if not match:
+            raise ConfigError(f"{reference!r}: expected MODEL@ALIAS or MODEL/VERSION")
+        model, alias, number = match.groups()
+        versions = {version.version: version for version in self.versions(model)}
+        if not versions:
+            models = sorted({version.model for version in self.versions()})
+            raise ConfigError(f"no registered model {model!r}; known: {', '.join(models) or 'none'}")
+        if alias is None:
+            if int(number) not in versions:
+                raise ConfigError(f"{model} has no version {number}; it has {_list(versions)}")
+            return versions[int(number)]
+        holders = self.aliases(model)
+        if alias not in holders:
+            known = ", ".join(sorted(holders)) or "none; promote a version with `vitscale promote`"
+            raise ConfigError(f"{model} has no alias {alias!r}; its aliases: {known}")
+        promotion = holders[alias]
+        version = versions.get(promotion.version)
+        if version is None or version.digest != promotion.digest:
+            raise CheckpointError(
+                f"{reference}: MLflow's version {promotion.version} is not the one that was promoted "
+                f"(manifest {promotion.digest[:12]}...); somebody changed it, promote again"
+            )
+        return version
+
+    def aliases(self, model: str) -> dict[str, Promotion]:
+        """Who holds each alias, by the log."""
+        return {promotion.alias: promotion for promotion in self.promotions(model)}
+
+    def promotions(self, model: str) -> Iterator[Promotion]:
+        """The model's log, oldest first."""
+        seq = 0
+        while True:
+            try:
+                yield Promotion(**json.loads(self._store.read(_promotion_key(model, seq))))
+            except NotFound:
+                return
+            seq += 1
+
+    def promote(self, version: Version, alias: str, gate: Gate) -> Promotion:
+        """Move the alias through the gate; the gate is asked again whenever another promotion came first."""
+        check_name(alias, "alias")
+        while True:
+            history = list(self.promotions(version.model))
+            holder = next((p for p in reversed(history) if p.alias == alias), None)
+            if holder is not None and holder.digest == version.digest:
+                self._follow(holder)
+                return holder
+            value = _pass_gate(version, gate)
+            promotion = Promotion(
+                seq=len(history),
+                model=version.model,
+                version=version.version,
+                alias=alias,
+                manifest=version.manifest,
+                digest=version.digest,
+                metric=gate.metric,
+                value=value,
+                minimum=gate.minimum,
+                previous=holder.version if holder else None,
+                time=time.time(),
+                user=os.environ.get("USER", ""),
+            )
+            try:
+                record = json.dumps(asdict(promotion), indent=1).encode()
+                self._store.create(_promotion_key(version.model, promotion.seq), record)
+            except AlreadyExists:
+                continue
+            self._follow(promotion)
+            return promotion
+
+    def _follow(self, promotion: Promotion) -> None:
+        """MLflow's alias becomes what the log says."""
+        self._client.set_registered_model_alias(promotion.model, promotion.alias, str(promotion.version))
+
+    def _ensure_model(self, model: str) -> None:
+        try:
+            self._client.create_registered_model(model)
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def check_name(name: str, what: str) -> None:
+    """Names end up in keys of the store, in URLs and in MLflow's queries."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
+
+
+def _pass_gate(version: Version, gate: Gate) -> float:
+    value = version.metrics.get(gate.metric)
+    if value is None:
+        raise ConfigError(f"{version.label} has no metric {gate.metric!r}; it has {_list(version.metrics)}")
+    if not value >= gate.minimum:
+        raise CheckpointError(
+            f"{version.label} was not promoted: {gate.metric} {value:.4f} is below the gate's {gate.minimum}"
+        )
+    restore_test(version.manifest, version.digest)
+    return value
+
+
+def _tags(config: RunConfig, manifest: Manifest, digest: str) -> dict[str, str]:
+    tags = {
+        DIGEST_TAG: digest,
+        "vitscale.run": config.run,
+        "vitscale.data_fingerprint": str(config.data.fingerprint),
+        "vitscale.image_size": str(config.model.image_size),
+        "vitscale.parent": config.init.parent if config.init else "",
+    }
+    return tags | {f"metric.{name}": repr(value) for name, value in manifest.metrics.items()}
+
+
+def _from_mlflow(version: ModelVersion) -> Version:
+    tags = version.tags
+    return Version(
+        model=version.name,
+        version=int(version.version),
+        manifest=str(version.source).removeprefix(LOCAL),
+        digest=tags[DIGEST_TAG],
+        run=tags["vitscale.run"],
+        run_id=version.run_id or "",
+        parent=tags.get("vitscale.parent", ""),
+        image_size=int(tags["vitscale.image_size"]),
+        metrics={
+            name.removeprefix("metric."): float(value)
+            for name, value in tags.items()
+            if name.startswith("metric.")
+        },
+    )
+
+
+def _to_source(manifest_url: str) -> str:
+    return LOCAL + manifest_url if manifest_url.startswith("file:") else manifest_url
+
+
+def _list(names: Iterable[object]) -> str:
+    return ", ".join(map(str, names))
+
+
+def _promotion_key(model: str, seq: int) -> str:
+    return f"promotions/{model}/{seq:08d}.json"

@@ -1,0 +1,3 @@
+"""Compositions: which runs there are, and the command."""
+
+DISTRIBUTION = "vitscale"

@@ -1,0 +1,421 @@
+"""`vitscale`: the command. Parses, calls a stage, prints; heavy imports wait until a stage needs them."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from workers.errors import ConfigError, VitscaleError
+
+if TYPE_CHECKING:
+    from orchestrator.registry import Version
+    from orchestrator.site import Site
+
+app = typer.Typer(
+    name="vitscale",
+    help="Pretrain, promote, fine-tune and scale Vision Transformers on a Ray cluster.",
+    epilog="Start with `vitscale quickstart`: the whole journey on this machine, on real images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Directory = Annotated[Path, typer.Option("--dir", help="Where services keep their data and state.")]
+SiteFile = Annotated[
+    Path | None,
+    typer.Option("--site", help="Site file with the services' addresses. Default: .vitscale/site.yaml"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field, e.g. optim.learning_rate=1e-3. Repeatable.")
+]
+DataRoot = Annotated[
+    str | None, typer.Option("--data", help="Root of a data set, as `vitscale ingest` wrote it.")
+]
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        _fail(error, 2)
+    except VitscaleError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to go on")
+        sys.exit(130)
+
+
+def _fail(error: VitscaleError, code: int) -> None:
+    errors.print(f"error: {error}", markup=False)
+    sys.exit(code)
+
+
+@app.command()
+def quickstart(
+    directory: Directory = Path(".vitscale"),
+    data: Annotated[
+        str,
+        typer.Option("--data", help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg."),
+    ] = "digits",
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe to pretrain; by default one that fits the images' size.")
+    ] = None,
+) -> None:
+    """The whole journey on this machine, with every service embedded: ingest, pretrain, promote, fine-tune at a
+    higher resolution, study scale, report. Interrupted, the same command goes on where it was.
+
+    Example: vitscale quickstart --dir /tmp/try
+    """
+    from pipelines.quickstart import run_quickstart
+
+    result = run_quickstart(directory.absolute(), data, recipe, console, bring_up=_bring_up)
+    console.print(f"\nReport   {result.report}")
+    console.print(f"MLflow   {result.mlflow}")
+    console.print(f"Services stay up; `vitscale down --dir {directory}` ends them.")
+
+
+@app.command()
+def up(
+    directory: Directory = Path(".vitscale"),
+    s3_port: Annotated[int | None, typer.Option(help="Port of the object store.")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Port of MLflow.")] = None,
+    ray_port: Annotated[int | None, typer.Option(help="Port of Ray's dashboard and Jobs API.")] = None,
+    object_store: Annotated[
+        str, typer.Option(help="`swift` (embedded), `file`, or the URL of an S3 server of your own.")
+    ] = "swift",
+    num_cpus: Annotated[int | None, typer.Option(help="CPUs that Ray may use.")] = None,
+) -> None:
+    """Start the local services: object store, MLflow, Ray. All on loopback; again is harmless.
+
+    Example: vitscale up --mlflow-port 5001
+    """
+    from orchestrator import services
+
+    site = services.up(
+        directory,
+        s3_port=s3_port,
+        mlflow_port=mlflow_port,
+        ray_port=ray_port,
+        object_store=object_store,
+        num_cpus=num_cpus,
+        progress=console.print,
+    )
+    console.print(f"\nMLflow   {site.mlflow}\nRay      {site.ray}\nData     {site.data}\nRuns     {site.runs}")
+
+
+@app.command()
+def down(directory: Directory = Path(".vitscale")) -> None:
+    """End exactly the services that `vitscale up` started; data stays.
+
+    Example: vitscale down
+    """
+    from orchestrator import services
+
+    services.down(directory, console.print)
+
+
+@app.command()
+def ingest(
+    source: Annotated[
+        str, typer.Argument(help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg.")
+    ],
+    destination: Annotated[
+        str, typer.Argument(help="URL to write to, e.g. s3://bucket/birds; or a name below the site's data root.")
+    ],
+    validation: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
+    limit: Annotated[int | None, typer.Option(help="Take only so many images.")] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option(help="Leave unreadable images out and list them, instead of stopping.")
+    ] = False,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Images to WebDataset shards with an index beside them, split into training and validation.
+
+    Example: vitscale ingest photos/ s3://vitscale/photos
+    """
+    from pipelines.ingest import ingest as run_ingest
+    from workers.storage import join_url
+
+    where = _site(site, needed="://" not in destination)
+    url = destination if "://" in destination or where is None else join_url(where.data, destination)
+    with _bar(f"ingest {source}") as advance:
+        report = run_ingest(
+            source,
+            url,
+            validation=validation,
+            limit=limit,
+            skip_unreadable=skip_unreadable,
+            progress=advance,
+        )
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+        return
+    console.print(
+        f"{url}: {report.num_train:,} training and {report.num_validation:,} validation images, "
+        f"{len(report.classes)} classes"
+    )
+    for line in report.skipped:
+        console.print(f"  left out: {line}", markup=False)
+
+
+@app.command()
+def index(url: str, site: SiteFile = None, as_json: AsJson = False) -> None:
+    """Index existing WebDataset shards, or bring an index up to date; shards are not changed.
+
+    Example: vitscale index s3://bucket/photos/train
+    """
+    from workers.data.index import build_index
+
+    _site(site, needed=False)
+    with _bar(f"index {url}") as advance:
+        result = build_index(url, progress=advance)
+    if as_json:
+        facts = {"url": url, "fingerprint": result.fingerprint, "num_samples": result.num_samples}
+        typer.echo(json.dumps({**facts, "num_shards": len(result.shards), "classes": list(result.classes)}))
+        return
+    console.print(
+        f"{url}: {result.num_samples:,} samples in {len(result.shards)} shards, {len(result.classes)} classes, "
+        f"fingerprint {result.fingerprint[:12]}"
+    )
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that `vitscale train` knows.
+
+    Example: vitscale recipes
+    """
+    from pipelines.recipes import RECIPES
+
+    for name in RECIPES:
+        console.print(name)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")],
+    data: DataRoot = None,
+    overrides: Overrides = None,
+    register_as: Annotated[
+        str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain on the cluster, attached, and register the result. Interrupted, the same command goes on.
+
+    Example: vitscale train vit-digits --data s3://vitscale/digits --set train.images=50000
+    """
+    where = _site(site)
+    from pipelines import pretrain
+
+    run = pretrain.read_config(config, data, overrides or [])
+    version = pretrain.train(
+        where, run, register_as=register_as or run.name, label=f"train {run.name}", console=_progress(as_json)
+    )
+    _print_version(version, as_json)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
+    image_size: Annotated[int, typer.Option(help="Pixels per side; a multiple of the model's patch size.")],
+    data: DataRoot = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the training images.")] = 20.0,
+    overrides: Overrides = None,
+    register_as: Annotated[
+        str | None, typer.Option("--as", help="Name of the registered model. Default: MODEL-<size>px.")
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a registered checkpoint at another resolution; its position embeddings are resampled bicubically.
+
+    Example: vitscale finetune vit-digits@champion --image-size 16
+    """
+    where = _site(site)
+    from pipelines.finetune import finetune as run_finetune
+    from pipelines.finetune import finetune_config
+
+    run = finetune_config(
+        where, model, image_size=image_size, data=data, epochs=epochs, overrides=overrides or []
+    )
+    version = run_finetune(where, run, register_as=register_as or run.name, console=_progress(as_json))
+    _print_version(version, as_json)
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Registered versions with their metrics, parents and aliases.
+
+    Example: vitscale models
+    """
+    where = _site(site)
+    from orchestrator.registry import Registry
+    from orchestrator.tracking import Tracking
+    from pipelines.pretrain import EXPERIMENT
+
+    registry = Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs)
+    versions = registry.versions(model)
+    holders = {
+        (name, promotion.version, alias)
+        for name in {version.model for version in versions}
+        for alias, promotion in registry.aliases(name).items()
+    }
+    rows = [
+        {**asdict(v), "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version))}
+        for v in versions
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("model", "version", "aliases", "pixels", "val accuracy", "parent", "run", box=None)
+    for version, row in zip(versions, rows, strict=True):
+        accuracy = f"{version.metrics.get('val_accuracy', float('nan')):.2%}"
+        aliases = ", ".join(row["aliases"])
+        table.add_row(
+            version.model,
+            str(version.version),
+            aliases,
+            str(version.image_size),
+            accuracy,
+            version.parent,
+            version.run,
+        )
+    console.print(table if rows else "no registered models yet; `vitscale train` makes one")
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int, typer.Argument(help="Its version.")],
+    to: Annotated[str, typer.Option(help="Alias to move, e.g. champion.")],
+    metric: Annotated[str, typer.Option(help="The gate's metric.")] = "val_accuracy",
+    minimum: Annotated[float, typer.Option(help="What the metric must reach.")] = 0.0,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias to a version if it passes the gate: the metric and a restore test.
+
+    Example: vitscale promote vit-digits 1 --to champion --minimum 0.9
+    """
+    where = _site(site)
+    from orchestrator.registry import Gate
+    from pipelines.promote import promote as run_promote
+
+    promotion = run_promote(where, f"{model}/{version}", to, Gate(metric, minimum))
+    if as_json:
+        typer.echo(json.dumps(asdict(promotion)))
+        return
+    console.print(
+        f"{model}@{to} is version {promotion.version} ({promotion.metric} {promotion.value:.4f}, "
+        f"restore test passed)"
+    )
+
+
+@app.command()
+def scale(
+    study: Annotated[str, typer.Argument(help="YAML file of a study, or `digits`.")],
+    data: DataRoot = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a ladder of model sizes and data sizes, ViT and ResNet, and fit power laws. Finished runs are kept.
+
+    Example: vitscale scale digits --data s3://vitscale/digits
+    """
+    where = _site(site)
+    from pipelines.scaling import ladder
+
+    plan = ladder.read_study(study, data)
+    results = ladder.run_study(where, plan, _progress(as_json))
+    laws = ladder.fit_laws(results)
+    if as_json:
+        typer.echo(json.dumps(ladder.as_rows(results, laws)))
+        return
+    console.print(ladder.as_table(results, laws))
+
+
+def _site(path: Path | None, needed: bool = True) -> "Site | None":
+    """The site, with this process's environment set so that boto3, MLflow and Ray find its services."""
+    from orchestrator.site import DEFAULT_SITE, Site, find_site
+
+    if not needed and path is None and not DEFAULT_SITE.is_file():
+        return None
+    site = Site.load(find_site(path))
+    os.environ.update(site.environment())
+    return site
+
+
+def _bring_up(directory: Path) -> "Site":
+    from orchestrator import services
+
+    site = services.up(directory, progress=console.print)
+    os.environ.update(site.environment())
+    return site
+
+
+def _progress(as_json: bool) -> Console:
+    """Where progress goes: with --json standard output is for the machine alone."""
+    return errors if as_json else console
+
+
+def _bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    return _Bar(label)
+
+
+class _Bar:
+    def __init__(self, label: str) -> None:
+        self._bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        return lambda done, total: self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
+def _print_version(version: "Version", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(version)))
+        return
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in version.metrics.items())
+    parent = f"  parent {version.parent}" if version.parent else ""
+    console.print(f"{version.label}  {version.image_size} px  {metrics}{parent}")
+    console.print(f"promote it: vitscale promote {version.model} {version.version} --to champion")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""High-resolution fine-tuning: from a registered version to a child at another image size."""
+
+from collections.abc import Iterable
+
+from rich.console import Console
+
+from orchestrator.registry import Registry, Version
+from orchestrator.site import Site
+from orchestrator.tracking import Tracking
+from pipelines.pretrain import EXPERIMENT, train
+from pipelines.recipes import fine_tune, read_facts
+from workers.config import InitConfig, RunConfig, make_config, override
+from workers.errors import ConfigError
+from workers.training.checkpoint import open_manifest
+
+
+def finetune_config(
+    site: Site,
+    reference: str,
+    *,
+    image_size: int,
+    data: str | None = None,
+    epochs: float = 20.0,
+    overrides: Iterable[str] = (),
+) -> RunConfig:
+    """The run that fine-tunes `MODEL@ALIAS`, on the parent's data or on the set whose root is `data`."""
+    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
+    version = registry.resolve(reference)
+    _, manifest = open_manifest(version.manifest, version.digest)
+    parent = make_config(manifest.config)
+    if parent.model.family != "vit":
+        raise ConfigError(f"{version.label} is a {parent.model.family}; only a ViT has position embeddings")
+    facts = read_facts(data or parent.data.url.removesuffix("/train"))
+    init = InitConfig(
+        manifest=version.manifest,
+        digest=version.digest,
+        new_head=facts.fingerprint != parent.data.fingerprint
+        and len(facts.classes) != parent.model.num_classes,
+        parent=version.label,
+    )
+    config = fine_tune(parent, facts, init, image_size=image_size, epochs=epochs)
+    return make_config(override(config.model_dump(mode="json"), overrides))
+
+
+def finetune(
+    site: Site, config: RunConfig, *, register_as: str, console: Console, label: str | None = None
+) -> Version:
+    """Train it as a job of its own and register the result, with its parent."""
+    label = label or f"fine-tune at {config.model.image_size} px"
+    return train(site, config, register_as=register_as, label=label, console=console)

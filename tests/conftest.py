@@ -1,0 +1,87 @@
+"""Small real inputs for all tests: stores in temporary folders, shards of tiny PNGs."""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from workers.data.index import DatasetIndex, build_index
+
+TINY_CLASSES = ("dark", "light")
+TINY_SHARDS = {"tiny-0.tar": 5, "tiny-1.tar": 1, "tiny-2.tar": 7}
+"""Samples of each; 13 in all, labels alternating."""
+
+
+def make_png(number: int, size: int = 8) -> bytes:
+    """A `size` x `size` grey PNG; another one for each `number`."""
+    buffer = io.BytesIO()
+    pixels = bytes((number * 37 + at * 11) % 256 for at in range(size * size))
+    Image.frombytes("L", (size, size), pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_tar(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> bytes:
+    """An archive of these files; a name that ends in "/" is a directory."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name.rstrip("/"))
+            member.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    """An empty store."""
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def tiny_url(tmp_path: Path) -> str:
+    """Three shards as of TINY_SHARDS, not yet indexed."""
+    root = tmp_path / "tiny"
+    root.mkdir()
+    number = 0
+    for name, count in TINY_SHARDS.items():
+        members = []
+        for _ in range(count):
+            members += [
+                (f"{number:04d}.cls", str(number % 2).encode()),
+                (f"{number:04d}.png", make_png(number)),
+            ]
+            number += 1
+        (root / name).write_bytes(make_tar(members))
+    return root.as_uri()
+
+
+@pytest.fixture
+def tiny_index(tiny_url: str) -> DatasetIndex:
+    return build_index(tiny_url, classes=TINY_CLASSES)
+
+
+@pytest.fixture(scope="session")
+def vitscale_test_data() -> Path | None:
+    """A folder with real data sets (cifar10/, grocery/, odd/), where the machine has one."""
+    path = os.environ.get("VITSCALE_TEST_DATA")
+    return Path(path) if path else None
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder per class of so many PNGs each, all different: `photos(cat=5, dog=8)`."""
+
+    def make(**counts: int) -> Path:
+        root = tmp_path / "photos"
+        for label, (name, count) in enumerate(counts.items()):
+            (root / name).mkdir(parents=True)
+            for number in range(count):
+                (root / name / f"{number:03d}.png").write_bytes(make_png(100 * label + number))
+        return root
+
+    return make

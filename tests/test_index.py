@@ -1,0 +1,510 @@
+"""The tar walk and the index against archives by tarfile, GNU tar and webdataset, whole and damaged."""
+
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import webdataset as wds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import TINY_CLASSES, TINY_SHARDS, make_png, make_tar
+from workers.data import index as index_module
+from workers.data.index import SAMPLE, STORED, DatasetIndex, build_index
+from workers.data.tar import BLOCK, MAX_MEMBER_BYTES, samples, split_name, walk
+from workers.errors import DataError
+from workers.storage import FileStore
+
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+SMALL = make_tar([("a.jpg", b"x" * 700), ("a.cls", b"0"), ("dir/", b""), ("b.jpg", b"y"), ("b.cls", b"1")])
+END = 2 * BLOCK
+"""Bytes of the end-of-archive marker."""
+
+
+def folder(url: str) -> Path:
+    return Path(urlsplit(url).path)
+
+
+def build(tmp_path: Path, *members: tuple[str, bytes], **options: object) -> DatasetIndex:
+    (tmp_path / "s.tar").write_bytes(make_tar(members))
+    return build_index(tmp_path.as_uri(), **options)
+
+
+def content_end(archive: bytes) -> int:
+    """Where the zeros of the end marker begin, a multiple of 512."""
+    return -(-len(archive.rstrip(b"\0")) // BLOCK) * BLOCK
+
+
+# The walk.
+
+
+def test_ranges_digests_and_files_of_each_sample():
+    found = list(samples("s.tar", [SMALL]))
+    assert [(sample.key, sample.offset, sample.size) for sample in found] == [
+        ("a", 0, 2560),
+        ("b", 3072, 2048),
+    ]
+    assert {sample.key: {name: m.data for name, m in sample.files.items()} for sample in found} == {
+        "a": {"jpg": b"x" * 700, "cls": b"0"},
+        "b": {"jpg": b"y", "cls": b"1"},
+    }
+    for sample in found:
+        data = SMALL[sample.offset : sample.offset + sample.size]
+        assert sample.digest == hashlib.blake2b(data, digest_size=16).digest()
+        for member in sample.files.values():
+            assert SMALL[member.data_offset : member.data_offset + member.size] == member.data
+
+
+def test_a_directory_amid_a_sample_is_in_its_range():
+    archive = make_tar([("a.jpg", b"x"), ("d/", b""), ("a.cls", b"0"), ("e/", b"")])
+    (sample,) = samples("s.tar", [archive])
+    assert (sample.offset, sample.size) == (0, 5 * BLOCK)
+    assert sample.digest == hashlib.blake2b(archive[: 5 * BLOCK], digest_size=16).digest()
+
+
+@pytest.mark.parametrize("piece", [1, 511, 512, 513, 10_000])
+def test_pieces_of_any_size_give_the_same(piece: int):
+    pieces = [SMALL[start : start + piece] for start in range(0, len(SMALL), piece)]
+    assert list(samples("s.tar", pieces)) == list(samples("s.tar", [SMALL]))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("0001.jpg", ("0001", "jpg")),
+        ("./a/b/0001.JPG", ("./a/b/0001", "jpg")),
+        ("a.b/img.0001.seg.png", ("a.b/img", "0001.seg.png")),
+        ("a/LICENSE", None),
+        ("._0001.jpg", None),
+        ("a/._0001.jpg", None),
+        ("__meta__/x.json", None),
+        ("__info__", None),
+    ],
+)
+def test_key_and_extension(name: str, parts: tuple[str, str] | None):
+    assert split_name(name) == parts
+
+
+stems = st.text("ab_1", min_size=1, max_size=3)
+names = st.tuples(st.sampled_from(["", "./", "d/", "d.d/e/", "ü" * 90 + "/"]), stems)
+extensions = st.sets(st.sampled_from(["jpg", "CLS", "seg.png", "json", "pyd"]), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.dictionaries(names, extensions, min_size=1, max_size=5),
+    format=st.sampled_from(FORMATS[1:]),
+    data=st.binary(max_size=1500),
+)
+def test_groups_as_stock_webdataset_does(groups, format: int, data: bytes):
+    members = [
+        (f"{directory}{stem}.{extension}", extension.encode() + data)
+        for (directory, stem), found in groups.items()
+        for extension in sorted(found)
+    ]
+    archive = make_tar(members, format)
+    ours = [
+        {"__key__": sample.key, **{name: member.data for name, member in sample.files.items()}}
+        for sample in samples("s.tar", [archive])
+    ]
+    stream = [{"url": "s.tar", "stream": io.BytesIO(archive)}]
+    stock = list(wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(stream)))
+    for sample in stock:
+        del sample["__url__"]
+        sample.pop("__local_path__", None)
+    assert ours == stock
+
+
+@pytest.mark.parametrize("format", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_archives_by_gnu_tar(tmp_path: Path, format: str):
+    long = "n" * 60 + "/" + "m" * 30
+    for key in ("one", "two", long):
+        (tmp_path / "in" / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"{key}.cls").write_text("3\n")
+        (tmp_path / "in" / f"{key}.jpg").write_bytes(key.encode() * 100)
+    command = ["tar", f"--format={format}", "--sort=name", "-C", "in", "-cf", "s.tar", "."]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    index = build_index(tmp_path.as_uri())
+    _, rows = index.records(0, 3)
+    archive = (tmp_path / "s.tar").read_bytes()
+    images = {archive[row["image_offset"] :][: row["image_size"]] for row in rows}
+    assert images == {key.encode() * 100 for key in ("one", "two", long)}
+    assert rows["label"].tolist() == [3, 3, 3]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, content_end(SMALL) + END - 1))
+def test_truncation_at_any_byte_is_found(cut: int):
+    with pytest.raises(DataError, match=r"s\.tar: (truncated|damaged)"):
+        list(samples("s.tar", [SMALL[:cut]]))
+
+
+def test_truncation_at_every_member_boundary_is_found():
+    for cut in range(0, content_end(SMALL) + END, BLOCK):
+        with pytest.raises(DataError, match="truncated"):
+            list(walk("s.tar", [SMALL[:cut]]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, content_end(SMALL) * 8 - 1), st.sampled_from(FORMATS))
+def test_a_flipped_bit_is_an_error_or_changes_a_digest(bit: int, format: int):
+    archive = make_tar([("ä" * 45 + ".jpg", b"x" * 700), ("ä" * 45 + ".cls", b"0")], format)
+    damaged = bytearray(archive)
+    damaged[bit // 8 % content_end(archive)] ^= 1 << bit % 8
+    try:
+        found = [(sample.key, sample.digest) for sample in samples("s.tar", [bytes(damaged)])]
+    except DataError:
+        return
+    assert found != [(sample.key, sample.digest) for sample in samples("s.tar", [archive])]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_hostile_headers_raise_only_data_errors(data: st.DataObject):
+    """Random bytes in a header whose checksum is then made right."""
+    archive = bytearray(make_tar([("ü" * 120 + ".jpg", b"x" * 700)], data.draw(st.sampled_from(FORMATS[1:]))))
+    block = data.draw(st.integers(0, content_end(archive) // BLOCK - 1)) * BLOCK
+    start = block + data.draw(st.integers(0, 340))
+    noise = data.draw(st.binary(min_size=1, max_size=20))
+    archive[start : start + len(noise)] = noise
+    archive[block + 148 : block + 156] = b" " * 8
+    archive[block + 148 : block + 155] = b"%06o\0" % sum(archive[block : block + BLOCK])
+    try:
+        total = sum(len(member.record) for member in walk("s.tar", [bytes(archive)]))
+    except DataError as error:
+        assert str(error).startswith("s.tar: ")
+    else:
+        assert total <= len(archive)
+
+
+@pytest.mark.parametrize(
+    ("archive", "reason"),
+    [
+        (b"", "truncated at byte 0"),
+        (gzip.compress(SMALL, 0), r"not a plain tar archive \(compressed\?\)"),
+        (b"<html>" * 1000, "not a plain tar archive"),
+        (SMALL + SMALL, "bytes after its end-of-archive marker"),
+        (SMALL[: content_end(SMALL)] + bytes(BLOCK) + SMALL, "a lone zero block"),
+    ],
+)
+def test_what_is_no_plain_archive(archive: bytes, reason: str):
+    with pytest.raises(DataError, match=f"^s.tar: .*{reason}"):
+        list(samples("s.tar", [archive]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.SYMTYPE, "'evil.jpg' is a symbolic link"),
+        (tarfile.LNKTYPE, "'evil.jpg' is a hard link"),
+        (tarfile.CHRTYPE, "'evil.jpg' is a device"),
+        (tarfile.FIFOTYPE, "'evil.jpg' is a named pipe"),
+        (tarfile.GNUTYPE_SPARSE, "'evil.jpg' is a sparse file"),
+        (b"Z", "'evil.jpg' is a member of the unknown type"),
+    ],
+)
+def test_links_and_devices_are_refused(kind: bytes, reason: str):
+    member = tarfile.TarInfo("evil.jpg")
+    member.type, member.linkname = kind, "/etc/passwd"
+    archive = make_tar([("a.jpg", b"x")])[:1024] + member.tobuf(tarfile.GNU_FORMAT) + bytes(2 * BLOCK)
+    with pytest.raises(DataError, match=reason):
+        list(samples("s.tar", [archive]))
+
+
+def test_sizes_beyond_reason_are_refused_before_they_are_read():
+    member = tarfile.TarInfo("a.jpg")
+    for size in (MAX_MEMBER_BYTES + 1, 1 << 40):
+        member.size = size
+        for format in FORMATS[1:]:
+            with pytest.raises(DataError, match=f"'a.jpg' has {size} bytes"):
+                list(walk("s.tar", [member.tobuf(format)]))
+    member.size, member.type = 1 << 32, tarfile.XHDTYPE
+    with pytest.raises(DataError, match="header extension of 4294967296 bytes"):
+        list(walk("s.tar", [member.tobuf(tarfile.USTAR_FORMAT)]))
+
+
+# The index.
+
+
+def test_records_of_every_range(tiny_index: DatasetIndex, tiny_url: str):
+    opened = DatasetIndex.open(tiny_url)
+    assert opened == tiny_index
+    assert opened.classes == TINY_CLASSES
+    assert [(shard.name, shard.num_samples, shard.first) for shard in opened.shards] == [
+        ("tiny-0.tar", 5, 0),
+        ("tiny-1.tar", 1, 5),
+        ("tiny-2.tar", 7, 6),
+    ]
+    numbers, rows = opened.records(0, 13)
+    assert (numbers.dtype, rows.dtype) == (np.int32, SAMPLE)
+    assert numbers.tolist() == [0] * 5 + [1] + [2] * 7
+    assert rows["label"].tolist() == [number % 2 for number in range(13)]
+    assert len(set(rows["id"].tolist())) == 13
+    for number, row in enumerate(rows):
+        archive = (folder(tiny_url) / opened.shards[numbers[number]].name).read_bytes()
+        image = archive[row["image_offset"] :][: row["image_size"]]
+        assert image == make_png(number)
+        sample = archive[row["offset"] :][: row["size"]]
+        assert row["digest"].tobytes() == hashlib.blake2b(sample, digest_size=16).digest()
+    for start in range(14):
+        for count in range(14 - start):
+            part_numbers, part = opened.records(start, count)
+            assert part_numbers.tolist() == numbers[start : start + count].tolist()
+            assert part.tobytes() == rows[start : start + count].tobytes()
+    for start, count in [(-1, 1), (0, 14), (13, 1), (5, -1)]:
+        with pytest.raises(IndexError):
+            opened.records(start, count)
+
+
+def test_sample_id_is_of_shard_name_and_key(tiny_index: DatasetIndex):
+    _, rows = tiny_index.records(5, 1)
+    digest = hashlib.blake2b(b"tiny-1.tar\x000005").digest()
+    assert rows["id"][0] == int.from_bytes(digest[:8], "little")
+
+
+def test_records_read_just_the_rows(tiny_index: DatasetIndex, monkeypatch: pytest.MonkeyPatch):
+    reads = []
+    read_range = FileStore.read_range
+
+    def spy(self, key, start, length, etag=None):
+        reads.append((key.rpartition("/")[2], start, length))
+        return read_range(self, key, start, length, etag)
+
+    monkeypatch.setattr(FileStore, "read_range", spy)
+    tiny_index.records(3, 5)
+    assert reads == [("tiny-0.tar.bin", 192, 128), ("tiny-1.tar.bin", 0, 64), ("tiny-2.tar.bin", 0, 128)]
+
+
+def test_fingerprint_is_of_content_not_of_place(tiny_index: DatasetIndex, tiny_url: str, tmp_path: Path):
+    shutil.copytree(folder(tiny_url), tmp_path / "copy", ignore=shutil.ignore_patterns("_vitscale"))
+    assert (
+        build_index((tmp_path / "copy").as_uri(), classes=TINY_CLASSES).fingerprint == tiny_index.fingerprint
+    )
+    assert build_index(tiny_url, classes=("a", "b")).fingerprint != tiny_index.fingerprint
+    archive = bytearray((tmp_path / "copy" / "tiny-1.tar").read_bytes())
+    archive[-1 - 512 * 5 - 2000] ^= 1
+    (tmp_path / "copy" / "tiny-0.tar").rename(tmp_path / "copy" / "tiny-00.tar")
+    renamed = build_index((tmp_path / "copy").as_uri(), classes=TINY_CLASSES)
+    assert renamed.fingerprint != tiny_index.fingerprint
+
+
+def test_fingerprint_never_changes_between_versions(tmp_path: Path):
+    """Runs and checkpoints of earlier versions name it."""
+    index = build(tmp_path, ("a.jpg", b"A"), ("a.cls", b"1"), ("b.cls", b"0"), ("b.webp", b"B"))
+    assert index.fingerprint == "1268d985d415a71bf3b15772b9f849e129052b08f6eef31f246bd6f869a30504"
+
+
+def test_a_pickle_in_a_shard_runs_nothing(tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    evil = pickle.dumps(Evil())
+    for extension in ("pyd", "pickle", "pkl", "pth", "npy"):
+        build(
+            tmp_path, ("a.cls", b"0"), ("a.jpg", evil), (f"a.{extension}", evil), ("a.x." + extension, evil)
+        )
+        index = DatasetIndex.open(tmp_path.as_uri())
+        index.records(0, 1)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_only_shards_directly_below_are_indexed(tiny_url: str):
+    root = folder(tiny_url)
+    (root / "sub").mkdir()
+    (root / "sub" / "x.tar").write_bytes(b"broken")
+    (root / "notes.txt").write_bytes(b"hello")
+    assert [shard.name for shard in build_index(tiny_url).shards] == list(TINY_SHARDS)
+
+
+def test_unchanged_shards_are_not_read_again(tiny_url: str, monkeypatch: pytest.MonkeyPatch):
+    reads = []
+    read_range = FileStore.read_range
+
+    def spy(self, key, start, length, etag=None):
+        reads.append(key)
+        return read_range(self, key, start, length, etag)
+
+    monkeypatch.setattr(FileStore, "read_range", spy)
+    steps: list[tuple[int, int]] = []
+    first = build_index(tiny_url, classes=TINY_CLASSES, progress=lambda *step: steps.append(step))
+    assert sorted(set(reads)) == list(TINY_SHARDS)
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+    reads.clear()
+    assert build_index(tiny_url) == first, "the class names stay"
+    assert reads == []
+
+    root = folder(tiny_url)
+    (root / "_vitscale/samples/tiny-2.tar.bin").unlink()
+    (root / "_vitscale/samples/tiny-0.tar.bin").write_bytes(bytes(5 * STORED.itemsize))
+    (root / "tiny-1.tar").write_bytes(
+        make_tar([("z.cls", b"1"), ("z.jpg", b"?"), ("y.jpg", b"?"), ("y.cls", b"0")])
+    )
+    (root / "tiny-3.tar").write_bytes(make_tar([("new.cls", b"1"), ("new.jpg", b"?")]))
+    again = build_index(tiny_url)
+    assert sorted(set(reads)) == ["tiny-0.tar", "tiny-1.tar", "tiny-2.tar", "tiny-3.tar"]
+    assert again.num_samples == 15
+    assert again.records(5, 2)[1]["label"].tolist() == [1, 0]
+
+    reads.clear()
+    (root / "tiny-1.tar").unlink()
+    assert build_index(tiny_url).num_samples == 13
+    assert reads == []
+
+
+def test_without_class_names_each_label_is_its_own(tmp_path: Path):
+    assert build(tmp_path, ("a.cls", b" 2\n"), ("a.jpg", b"?")).classes == ("0", "1", "2")
+    assert build(tmp_path, ("a.cls", b"4"), ("a.jpg", b"?")).classes == ("0", "1", "2", "3", "4")
+
+
+def test_class_names_survive_a_lost_shard_table(tiny_index: DatasetIndex, tiny_url: str):
+    (folder(tiny_url) / "_vitscale/shards.parquet").unlink()
+    assert build_index(tiny_url) == tiny_index
+
+
+IMAGE = ("a.jpg", b"?")
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.cls", b"0")], "sample 'a' has 0 images, .*; its extensions are cls"),
+        ([("img.0001.jpg", b"?"), ("img.0002.jpg", b"?")], "'img' has 0 images.*0001.jpg, 0002.jpg"),
+        ([IMAGE, ("a.png", b"?"), ("a.cls", b"0")], "sample 'a' has 2 images"),
+        ([IMAGE], "sample 'a' has no label, expected a .cls file; its extensions are jpg"),
+        ([IMAGE, ("a.cls", b"cat")], "sample 'a' has the label 'cat', expected an integer"),
+        ([IMAGE, ("a.cls", b"")], "sample 'a' has the label '', expected an integer"),
+        ([IMAGE, ("a.cls", b"1.0")], "sample 'a' has the label '1.0'"),
+        ([IMAGE, ("a.cls", b"0" * 40)], "sample 'a' has the label '000"),
+        ([IMAGE, ("a.cls", "²".encode())], "sample 'a' has the label"),
+        ([IMAGE, ("a.cls", b"-1")], "sample 'a' has the label -1, outside the classes 0 to 1"),
+        ([IMAGE, ("a.cls", b"2")], "sample 'a' has the label 2, outside the classes 0 to 1"),
+        (
+            [IMAGE, ("a.cls", b"0"), ("b.jpg", b"?"), ("b.cls", b"0"), IMAGE],
+            "files of sample 'a' do not stand",
+        ),
+        ([IMAGE, ("a.JPG", b"?")], "sample 'a' has two files named 'a.JPG'"),
+    ],
+)
+def test_samples_that_cannot_be_used(tmp_path: Path, members: list[tuple[str, bytes]], reason: str):
+    with pytest.raises(DataError, match=f"^s.tar: .*{reason}"):
+        build(tmp_path, *members, classes=TINY_CLASSES)
+    assert not (tmp_path / "_vitscale/index.json").exists()
+
+
+def test_labels_of_known_shards_must_fit_new_classes(tiny_index: DatasetIndex, tiny_url: str):
+    with pytest.raises(
+        DataError, match=r"tiny-0.tar: sample '0001' has the label 1, outside the classes 0 to 0"
+    ):
+        build_index(tiny_url, classes=("only",))
+    assert DatasetIndex.open(tiny_url) == tiny_index
+
+
+def test_nothing_to_index(store_url: str, tmp_path: Path):
+    with pytest.raises(DataError, match=r"no \*.tar directly under"):
+        build_index(store_url)
+    with pytest.raises(DataError, match="hold no samples"):
+        build(tmp_path, ("README", b"hello"))
+    with pytest.raises(DataError, match="distinct names"):
+        build_index(tmp_path.as_uri(), classes=("a", "a"))
+
+
+def test_an_empty_shard_amid_others(tiny_url: str):
+    (folder(tiny_url) / "tiny-00.tar").write_bytes(make_tar([]))
+    index = build_index(tiny_url)
+    assert [shard.num_samples for shard in index.shards] == [5, 0, 1, 7]
+    assert index.records(4, 3)[0].tolist() == [0, 2, 3]
+    assert DatasetIndex.open(tiny_url).records(5, 1)[0].tolist() == [2]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(byte=st.integers(0, 5 * STORED.itemsize - 1), flip=st.integers(1, 255))
+def test_a_damaged_row_is_refused(tiny_index: DatasetIndex, tiny_url: str, byte: int, flip: int):
+    path = folder(tiny_url) / "_vitscale/samples/tiny-0.tar.bin"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[byte] ^= flip
+    path.write_bytes(damaged)
+    row = byte // STORED.itemsize
+    try:
+        with pytest.raises(DataError, match=f"tiny-0.tar.bin: row {row} is damaged; run `vitscale index"):
+            tiny_index.records(0, 13)
+        tiny_index.records(row + 1, 12 - row)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_rows_of_another_place_or_shard_are_refused(tiny_index: DatasetIndex, tiny_url: str):
+    rows = folder(tiny_url) / "_vitscale/samples"
+    whole = (rows / "tiny-0.tar.bin").read_bytes()
+    width = STORED.itemsize
+    (rows / "tiny-0.tar.bin").write_bytes(whole[width : 2 * width] + whole[:width] + whole[2 * width :])
+    with pytest.raises(DataError, match="row 0 is damaged"):
+        tiny_index.records(0, 5)
+    (rows / "tiny-1.tar.bin").write_bytes(whole[:width])
+    with pytest.raises(DataError, match="row 0 is damaged"):
+        tiny_index.records(5, 1)
+    (rows / "tiny-1.tar.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="truncated"):
+        tiny_index.records(5, 1)
+
+
+def test_an_index_that_cannot_be_trusted(tiny_index: DatasetIndex, tiny_url: str, store_url: str):
+    with pytest.raises(DataError, match=f"{store_url} is not indexed: .*run `vitscale index {store_url}`"):
+        DatasetIndex.open(store_url)
+    path = folder(tiny_url) / "_vitscale/index.json"
+    table = folder(tiny_url) / "_vitscale/shards.parquet"
+    whole, header = table.read_bytes(), json.loads(path.read_text())
+    for text in ("", "[]", "null", "{}", '{"format": "x"}', "\xff"):
+        path.write_text(text, "latin-1")
+        with pytest.raises(DataError, match=r"index.json is damaged; run `vitscale index"):
+            DatasetIndex.open(tiny_url)
+    path.write_text('{"format": 1}')
+    with pytest.raises(DataError, match=r"index.json lacks classes, fingerprint, shards_sha256"):
+        DatasetIndex.open(tiny_url)
+    path.write_text(json.dumps({**header, "classes": ["light", "dark"]}))
+    with pytest.raises(DataError, match=r"index.json is damaged"):
+        DatasetIndex.open(tiny_url)
+    path.write_text(json.dumps(header))
+    for data in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
+        table.write_bytes(data)
+        with pytest.raises(DataError, match=r"shards.parquet is not what _vitscale/index.json says"):
+            DatasetIndex.open(tiny_url)
+    table.unlink()
+    with pytest.raises(DataError, match=r"shards.parquet"):
+        DatasetIndex.open(tiny_url)
+
+
+def test_a_newer_format_is_neither_read_nor_overwritten(tiny_index: DatasetIndex, tiny_url: str):
+    path = folder(tiny_url) / "_vitscale/index.json"
+    newer = json.dumps({**json.loads(path.read_text()), "format": index_module.FORMAT + 1})
+    path.write_text(newer)
+    for action in (DatasetIndex.open, build_index):
+        with pytest.raises(DataError, match="has format 2, this version reads 1; update vitscale"):
+            action(tiny_url)
+    assert path.read_text() == newer
+
+
+def test_an_interrupted_build_leaves_no_index(tiny_url: str):
+    (folder(tiny_url) / "tiny-2.tar").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"tiny-2\.tar"):
+        build_index(tiny_url)
+    with pytest.raises(DataError, match="is not indexed"):
+        DatasetIndex.open(tiny_url)
+
+
+def test_an_index_travels_between_processes(tiny_index: DatasetIndex):
+    tiny_index.records(0, 1)
+    copy = pickle.loads(pickle.dumps(tiny_index))
+    assert copy == tiny_index
+    assert copy.records(4, 3)[1].tobytes() == tiny_index.records(4, 3)[1].tobytes()

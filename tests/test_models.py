@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from workers.errors import ConfigError
+from workers.models import build_model
+
+VIT = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10}
+
+
+def wave(shape, frequency):
+    """Numbers that need no random generator: sin(frequency * i), i from 1, computed in float64."""
+    count = torch.Size(shape).numel()
+    return torch.sin(frequency * torch.arange(1, count + 1, dtype=torch.float64)).reshape(shape).float()
+
+
+def build(family, *, seed=0, **changes):
+    torch.manual_seed(seed)
+    return build_model(family, "digits-xs" if family == "vit" else "8", **{**VIT, **changes})
+
+
+def scramble(model):
+    """Every parameter moved away from its initial value, so that no zero hides a wrong connection."""
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(0.2 * wave(parameter.shape, 0.7 + 0.1 * index))
+    return model
+
+
+def test_vit_logits_equal_timms():
+    # timm 1.0.29: VisionTransformer(img_size=(8, 12), patch_size=4, embed_dim=16, depth=3, num_heads=1,
+    # num_classes=4).eval(), every tensor i of its state dict set to wave(shape, 0.7 + 0.1 * i).
+    timms = [[5.82022, -8.15178, 8.93817, -7.89332], [6.10442, -8.44992, 9.24444, -8.20172]]
+    model = build("vit", image_size=(8, 12), patch_size=4, channels=3, num_classes=4)
+    state = {
+        name: wave(tensor.shape, 0.7 + 0.1 * index)
+        for index, (name, tensor) in enumerate(model.state_dict().items())
+    }
+    model.load_state_dict(state)
+    with torch.no_grad():
+        logits = model(5 * wave((2, 3, 8, 12), 0.37))
+    torch.testing.assert_close(logits, torch.tensor(timms), atol=2e-4, rtol=1e-4)
+
+
+def test_vit_has_timms_names_in_timms_order():
+    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+    modules = [
+        "patch_embed.proj",
+        *(f"blocks.{n}.{part}" for n in range(3) for part in block),
+        "norm",
+        "head",
+    ]
+    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    assert list(build("vit").state_dict()) == ["cls_token", "pos_embed", *names]
+
+
+def test_vit_is_written_for_height_and_width():
+    model = scramble(build("vit", image_size=(4, 10)))
+    assert (model.grid, model.pos_embed.shape) == ((2, 5), (1, 11, 16))
+    image = wave((1, 1, 4, 10), 1.7)
+    swapped = image.clone()
+    swapped[..., 2:, 2:4], swapped[..., 2:, 4:6] = image[..., 2:, 4:6], image[..., 2:, 2:4]
+    with torch.no_grad():
+        before = model(image)
+        assert not torch.allclose(model(swapped), before, atol=1e-3)
+        # Patches (1, 1) and (1, 2), tokens 7 and 8, changed places; so do their positions.
+        model.pos_embed[:, [7, 8]] = model.pos_embed[:, [8, 7]]
+        torch.testing.assert_close(model(swapped), before)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 10, 8), (2, 1, 8, 10), (2, 1, 4, 16)])
+def test_vit_refuses_images_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"images of \(8, 8\)"):
+        build("vit")(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_weights_after_meta_are_those_of_the_seed(family):
+    torch.manual_seed(11)
+    with torch.device("meta"):
+        model = build(family)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    generator = torch.Generator().manual_seed(5)
+    model.init_weights(generator)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert all(tensor.isfinite().all() for tensor in first.values())
+
+    torch.manual_seed(5)
+    model.init_weights()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, first[name]), name
+
+    model.init_weights(generator.manual_seed(6))
+    drawn = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, first[name])}
+    if family == "vit":
+        constant = {name for name in first if "norm" in name or "bias" in name or "head" in name}
+        assert drawn == first.keys() - constant - {"cls_token"}
+    else:
+        assert drawn == {name for name in first if "conv" in name}
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_first_loss_is_that_of_equal_odds(family):
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    loss = functional.cross_entropy(build(family)(images), labels)
+    assert loss.item() == pytest.approx(math.log(10), abs=1e-6)
+
+
+def test_vit_initial_spread():
+    model = build_model("vit", "digits-xl", image_size=32, channels=3, patch_size=4, num_classes=10)
+    block = model.blocks[2]
+    spreads = [
+        (model.patch_embed.proj.weight, 48**-0.5),  # LeCun: patches of unit variance keep it
+        (model.pos_embed, 128**-0.5),
+        # Glorot: variance 2 / (inputs + outputs), of each of queries, keys and values by itself.
+        *((part, 128**-0.5) for part in block.attn.qkv.weight.chunk(3)),
+        (block.attn.proj.weight, 128**-0.5),
+        (block.mlp.fc1.weight, 320**-0.5),
+        (block.mlp.fc2.weight, 320**-0.5),
+    ]
+    for weight, spread in spreads:
+        assert weight.std().item() == pytest.approx(spread, rel=0.05)
+        assert weight.mean().item() == pytest.approx(0, abs=0.05 * spread)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_sample_does_not_feel_its_batch(family):
+    model = scramble(build(family)).train()
+    images = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in images])
+        torch.testing.assert_close(model(images), alone)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_a_few_steps_learn_two_patterns(family):
+    model = build(family, num_classes=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    stripes = torch.tensor([0.0, 1.0]).repeat(4).expand(8, 8)
+    images, labels = torch.stack([stripes, stripes.T])[:, None].repeat(4, 1, 1, 1), torch.tensor([0, 1] * 4)
+    images = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    for _ in range(40):
+        loss = functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+    assert loss.item() < 0.2
+
+
+def test_resnet_blocks_start_as_their_shortcuts():
+    model = build("resnet")
+    features = torch.rand(2, 16, 9, 7)
+    with torch.no_grad():
+        assert torch.equal(model.blocks[0](features), features)
+        halved = model.blocks[1](features)
+    assert torch.equal(halved[:, :16], features[:, :, ::2, ::2])
+    assert halved.shape == (2, 32, 5, 4)
+    assert halved[:, 16:].abs().sum() == 0
+
+
+def test_resnet_of_20_layers_has_19_convolutions_and_a_head():
+    model = build_model("resnet", "20", **VIT)
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert (kinds.count("Conv2d"), kinds.count("Linear"), kinds.count("GroupNorm")) == (19, 1, 19)
+    assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "changes", "message"),
+    [
+        ("swin", "ti", {}, "model.family: 'swin' is not known; choose one of vit, resnet"),
+        (
+            "vit",
+            "tiny",
+            {},
+            "model.size: no ViT is called 'tiny'; choose one of digits-xs, .*, ti, s, b, l, h",
+        ),
+        ("resnet", "50", {}, "model.size: no ResNet is called '50'; choose one of 8, 14, 20"),
+        ("vit", "ti", {"patch_size": 3}, "model.image_size: 8 is not a multiple of model.patch_size 3"),
+        ("vit", "ti", {"num_classes": 0}, "model.num_classes: 0 is not positive"),
+        ("resnet", "8", {"channels": 0}, "model.channels: 0 is not positive"),
+        ("resnet", "8", {"image_size": -1}, "model.image_size: -1 is not positive"),
+    ],
+)
+def test_build_refuses_and_names_the_field(family, size, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(family, size, **{**VIT, **changes})

@@ -1,0 +1,268 @@
+"""What a run is: one frozen, strict model, read from YAML and dotted overrides.
+
+Durations and intervals count images seen, so a configuration means the same at any batch size. A run's
+identity is the digest of what changes its result; where and how fast it runs is not part of that.
+Nothing heavy is imported here: a laptop can check a configuration without torch.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from workers.errors import ConfigError
+from workers.models.sizes import (
+    patch_grid,
+    resnet_flops,
+    resnet_parameters,
+    resnet_size,
+    vit_flops,
+    vit_parameters,
+    vit_size,
+)
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Part):
+    family: Literal["vit", "resnet"] = "vit"
+    size: str
+    """A name of `workers/models/sizes.py`: ti, s, b, l, h, the toy sizes, or a ResNet's depth."""
+    image_size: int = Field(gt=0)
+    """Pixels per side at which the model sees images."""
+    patch_size: int = Field(default=16, gt=0)
+    channels: Literal[1, 3] = 3
+    num_classes: int = Field(default=0, ge=0)
+    """0: as many as the data set has."""
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.family == "vit":
+            vit_size(self.size)
+            patch_grid(self.image_size, self.patch_size)
+        else:
+            resnet_size(self.size)
+        return self
+
+    @property
+    def parameters(self) -> int:
+        shape = {"channels": self.channels, "num_classes": self.num_classes}
+        if self.family == "resnet":
+            return resnet_parameters(resnet_size(self.size), **shape)
+        grid = {"image_size": self.image_size, "patch_size": self.patch_size}
+        return vit_parameters(vit_size(self.size), **grid, **shape)
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass, per image; a training step costs three times that."""
+        shape = {"image_size": self.image_size, "channels": self.channels, "num_classes": self.num_classes}
+        if self.family == "resnet":
+            return resnet_flops(resnet_size(self.size), **shape)
+        return vit_flops(vit_size(self.size), patch_size=self.patch_size, **shape)
+
+
+class AugmentConfig(Part):
+    min_scale: float = Field(default=0.08, gt=0, le=1)
+    """Smallest share of the image's area that RandomResizedCrop may take."""
+    min_ratio: float = Field(default=0.75, gt=0, le=1)
+    """Smallest aspect ratio of a crop; the largest is its inverse."""
+    flip: bool = True
+
+
+class DataConfig(Part):
+    url: str
+    """Training shards, with their index beside them."""
+    validation_url: str
+    """Validation shards, likewise."""
+    fingerprint: str | None = None
+    """Filled in from the index when a run is made; identifies the data wherever it lies."""
+    validation_fingerprint: str | None = None
+    subset: int | None = Field(default=None, gt=0)
+    """Train on the first so many samples of a seeded permutation; nested across sizes."""
+    subset_seed: int = 0
+    augment: AugmentConfig = AugmentConfig()
+    lanes: int = Field(default=8, gt=0)
+    """The order's degree of parallelism: any world size up to this sees the same global batches."""
+    chunk_samples: int = Field(default=256, gt=0)
+    window_chunks: int = Field(default=8, gt=0)
+
+
+class OptimConfig(Part):
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+    warmup_images: int = Field(default=0, ge=0)
+    final_learning_rate: float = Field(default=0.0, ge=0)
+    """Where the cosine ends."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainConfig(Part):
+    images: int = Field(gt=0)
+    """Training ends after so many images, rounded up to whole global batches."""
+    global_batch_size: int = Field(gt=0)
+    eval_every_images: int = Field(gt=0)
+    checkpoint_every_images: int = Field(gt=0)
+    log_every_images: int = Field(default=1024, gt=0)
+
+
+class InitConfig(Part):
+    """Start from the weights of a registered checkpoint instead of from scratch."""
+
+    manifest: str
+    """URL of its MANIFEST.json."""
+    digest: str
+    """sha256 of that manifest; anything else found there is refused."""
+    new_head: bool = False
+    parent: str
+    """The registered version, as `model/version`."""
+
+
+class ComputeConfig(Part):
+    """Where and how fast; never changes a result, so it is no part of a run's identity."""
+
+    workers: int = Field(default=2, gt=0)
+    cpus_per_worker: int = Field(default=1, gt=0)
+    gpus_per_worker: int = Field(default=0, ge=0)
+    microbatch_size: int | None = Field(default=None, gt=0)
+    """Images per forward and rank; None: a rank's whole share of the global batch."""
+    prefetch_batches: int = Field(default=4, gt=0)
+
+
+class RunConfig(Part):
+    name: str
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    init: InitConfig | None = None
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,80}", self.name):
+            raise ValueError("name: small letters, digits, '.', '_' and '-' only, at most 81")
+        batch, lanes = self.train.global_batch_size, self.data.lanes
+        if batch % lanes:
+            raise ValueError(f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}")
+        if self.compute.workers > lanes:
+            raise ValueError(f"compute.workers {self.compute.workers} exceeds data.lanes {lanes}")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that changes the result."""
+        identity = self.model_dump(mode="json", exclude={"name": True, "compute": True})
+        if self.data.fingerprint is not None:
+            identity["data"].pop("url")
+            identity["data"].pop("validation_url")
+        if self.init is not None:
+            identity["init"] = {"digest": self.init.digest, "new_head": self.init.new_head}
+        for interval in ("log_every_images", "checkpoint_every_images", "eval_every_images"):
+            identity["train"].pop(interval)
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def run(self) -> str:
+        """The run's name in the store and the tracking server; the same configuration gives the same."""
+        return f"{self.name}-{self.digest[:10]}"
+
+    @property
+    def num_steps(self) -> int:
+        return -(-self.train.images // self.train.global_batch_size)
+
+    @property
+    def training_flops(self) -> int:
+        return 3 * self.model.flops * self.num_steps * self.train.global_batch_size
+
+
+def make_config(values: Mapping[str, Any]) -> RunConfig:
+    """A configuration from plain values; ConfigError names each wrong field."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig)) from None
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    return make_config(override(read_yaml(path), overrides))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected fields, found {type(values).__name__}")
+    return values
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`["optim.learning_rate=0.01"]` applied; values are read as YAML."""
+    result: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    for text in overrides:
+        path, separator, value = text.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"--set {text}: expected field=value, such as optim.learning_rate=0.01")
+        *parents, last = path.split(".")
+        node = result
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {text}: {parent} is a value, not a group of fields")
+            node = child
+        try:
+            node[last] = _number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from None
+    return result
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line per wrong field, with the nearest known name for a misspelt one."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _known_fields(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            lines.append(f"{where}: unknown field; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        elif item["type"] == "value_error":
+            lines.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
+        else:
+            lines.append(f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return "; ".join(lines)
+
+
+def _known_fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,48 @@
+"""Models by name: a Vision Transformer and the small ResNet that it is compared with."""
+
+from typing import TYPE_CHECKING
+
+from workers.errors import ConfigError
+from workers.models.sizes import image_shape, patch_grid, resnet_size, vit_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FAMILIES = ("vit", "resnet")
+
+
+def build_model(
+    family: str,
+    size: str,
+    *,
+    image_size: int | tuple[int, int],
+    patch_size: int,
+    channels: int,
+    num_classes: int,
+) -> "nn.Module":
+    """A model with initial weights on torch's current device (meta: call `init_weights` after `to_empty`).
+
+    It maps float images (B, channels, height, width) to logits (B, num_classes). A ResNet has no patches and
+    leaves `patch_size` unread. ConfigError names the field that cannot work.
+    """
+    for field, value in (("channels", channels), ("num_classes", num_classes)):
+        if value < 1:
+            raise ConfigError(f"model.{field}: {value} is not positive")
+    # Imported on use: planning reads workers.models.sizes where nobody needs torch (2 s and 200 MB).
+    if family == "vit":
+        from workers.models.vit import VisionTransformer
+
+        patch_grid(image_size, patch_size)
+        return VisionTransformer(
+            vit_size(size),
+            image_size=image_shape(image_size),
+            patch_size=patch_size,
+            channels=channels,
+            num_classes=num_classes,
+        )
+    if family == "resnet":
+        from workers.models.resnet import ResNet
+
+        image_shape(image_size)
+        return ResNet(resnet_size(size), channels=channels, num_classes=num_classes)
+    raise ConfigError(f"model.family: {family!r} is not known; choose one of {', '.join(FAMILIES)}")

@@ -1,0 +1,62 @@
+"""A trained ViT's weights for a model of another resolution or other classes."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from workers.errors import CheckpointError
+from workers.models.positions import resample_position_embedding
+from workers.models.vit import VisionTransformer
+
+HEAD = ("head.weight", "head.bias")
+SHOWN = 8  # faults in one message; a wrong model size has hundreds
+
+
+def adapt_state_dict(
+    state: Mapping[str, Tensor],
+    *,
+    source_grid: tuple[int, int],
+    target: VisionTransformer,
+    new_head: bool,
+) -> dict[str, Tensor]:
+    """`state`, trained on `source_grid` (height, width) patches, as a whole state dict for `target`.
+
+    Position embeddings are resampled to the target's grid; a new head is zeros, whatever the old one was;
+    all else is the same tensors. The target lends shapes and grid only and may be on the meta device.
+    CheckpointError names every tensor that is missing, unexpected, of another shape or not finite.
+    """
+    wanted = target.state_dict()
+    adapted = {name: tensor for name, tensor in state.items() if not (new_head and name in HEAD)}
+    if new_head:
+        for name in HEAD:
+            adapted[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
+    if "pos_embed" in adapted:
+        adapted["pos_embed"] = resample_position_embedding(
+            adapted["pos_embed"], source_grid, target.grid, num_prefix=target.num_prefix
+        )
+    _check(adapted, wanted)
+    return {name: adapted[name] for name in wanted}
+
+
+def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    faults = [f"{name} is missing" for name in wanted if name not in state]
+    faults += [f"{name} {tuple(state[name].shape)} is unexpected" for name in state if name not in wanted]
+    for name in wanted.keys() & state.keys():
+        found, expected = tuple(state[name].shape), tuple(wanted[name].shape)
+        if found != expected:
+            faults.append(f"{name} is {found}, the model needs {expected}{_advice(name)}")
+        elif not bool(torch.isfinite(state[name]).all()):
+            faults.append(f"{name} has values that are not finite")
+    if faults:
+        raise CheckpointError(f"weights do not fit the model: {_listed(sorted(faults))}")
+
+
+def _advice(name: str) -> str:
+    return " (other classes: ask for a new head)" if name in HEAD else ""
+
+
+def _listed(faults: Iterable[str]) -> str:
+    faults = list(faults)
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return "; ".join(faults[:SHOWN] + more)

@@ -1,0 +1,276 @@
+"""Checkpoints: sharded safetensors and one create-once manifest, written last. No manifest, no checkpoint.
+
+    checkpoints/<images_seen>-<epoch>/
+        model-00000-of-00002.safetensors       rank 0's rows of every parameter
+        optimizer-00000-of-00002.safetensors   and of every optimizer moment
+        ...
+        MANIFEST.json                          digests of the objects, configuration, position, metrics
+
+Saved on N ranks, loads on M: each tensor is split along dimension 0 as `torch.chunk` does (so does FSDP2),
+and a rank reads the objects that hold rows of its own. All is verified before use; nothing here unpickles.
+"""
+
+import hashlib
+import json
+import math
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from workers.errors import CheckpointError, DataError
+from workers.storage import Store, open_store
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state."
+"""Prefix of the optimizer's tensors in `Manifest.shapes` and of its scalars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is; JSON in the store."""
+
+    run: str
+    images_seen: int
+    step: int
+    epoch: int
+    """Of the lease under which it was written."""
+    parent: str | None
+    """sha256 of the manifest that this one continues."""
+    world_size: int
+    objects: dict[str, dict[str, Any]]
+    """Name → size in bytes and sha256."""
+    shapes: dict[str, list[int]]
+    """Global shape of every tensor; optimizer moments are `state.<parameter>.<moment>`."""
+    scalars: dict[str, float]
+    """The optimizer's state that is not tensors."""
+    config: dict[str, Any]
+    order: dict[str, Any]
+    """Identity of the data order; the position in it is step x global batch size."""
+    metrics: dict[str, float]
+    versions: dict[str, str]
+    complete: bool
+    format: int = FORMAT
+    key: str = field(default="", compare=False)
+    """Where it was read from, relative to its store; not part of the file."""
+
+    def to_bytes(self) -> bytes:
+        values = asdict(self)
+        values.pop("key")
+        return json.dumps(values, sort_keys=True, indent=1).encode()
+
+    @property
+    def directory(self) -> str:
+        return self.key.rpartition("/")[0]
+
+
+def checkpoint_directory(images_seen: int, epoch: int) -> str:
+    """Unique per attempt: an epoch's writer passes each image count once."""
+    return f"checkpoints/{images_seen:012d}-{epoch:06d}"
+
+
+def read_manifest(store: Store, key: str, digest: str) -> Manifest:
+    """CheckpointError unless the bytes are exactly those that were committed."""
+    where = f"{store.url}/{key}"
+    try:
+        data = store.read(key)
+    except DataError as error:
+        raise CheckpointError(f"checkpoint manifest: {error}") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(
+            f"{where}: its sha256 is not the registered {digest[:12]}...; it was tampered with"
+        )
+    values = json.loads(data)
+    if values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where}: format {values.get('format')}, this version reads {FORMAT}; "
+            "install the version that wrote it"
+        )
+    return Manifest(**values, key=key)
+
+
+def open_manifest(url: str, digest: str) -> tuple[Store, Manifest]:
+    """The manifest at a URL, with the store of the run that it belongs to."""
+    root, marker, rest = url.partition("/checkpoints/")
+    if not marker or urllib.parse.urlsplit(url).scheme not in ("s3", "file"):
+        raise CheckpointError(f"{url} is not the URL of a checkpoint's {MANIFEST}")
+    store = open_store(root)
+    return store, read_manifest(store, f"checkpoints/{rest}", digest)
+
+
+def write_shards(store: Store, directory: str, model: nn.Module, optimizer: Optimizer) -> "WrittenShards":
+    """This rank's rows of all tensors, as two objects; every rank calls it."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    moments, scalars = _optimizer_state(model, optimizer)
+    written = WrittenShards({}, {}, scalars)
+    for kind, tensors in (("model", dict(model.named_parameters())), ("optimizer", moments)):
+        name = object_name(kind, rank, world_size)
+        rows = {key: _local(value).detach().contiguous().cpu() for key, value in tensors.items()}
+        data = safetensors.torch.save(rows)
+        store.create(f"{directory}/{name}", data)
+        written.objects[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        written.shapes.update({key: list(value.shape) for key, value in tensors.items()})
+    return written
+
+
+@dataclass
+class WrittenShards:
+    objects: dict[str, dict[str, Any]]
+    shapes: dict[str, list[int]]
+    scalars: dict[str, float]
+
+    def gather(self, device: torch.device) -> dict[str, dict[str, Any]]:
+        """All ranks' objects, on every rank. Sizes and digests travel as numbers."""
+        row = [number for entry in self.objects.values() for number in _as_numbers(entry)]
+        mine = torch.tensor(row, dtype=torch.int64, device=device)
+        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, mine)
+        world_size = len(rows)
+        objects = {}
+        for rank, numbers in enumerate(rows):
+            values = numbers.tolist()
+            half = len(values) // 2
+            objects[object_name("model", rank, world_size)] = _from_numbers(values[:half])
+            objects[object_name("optimizer", rank, world_size)] = _from_numbers(values[half:])
+        return objects
+
+
+def load_into(store: Store, manifest: Manifest, model: nn.Module, optimizer: Optimizer) -> None:
+    """Model and optimizer become the checkpoint's, whatever the world size was; every rank calls it."""
+    parameters = dict(model.named_parameters())
+    check_shapes(manifest, {name: list(value.shape) for name, value in parameters.items()})
+    _copy_rows(_Objects(store, manifest, "model"), parameters)
+    for name, shape in manifest.shapes.items():
+        if name.startswith(STATE):
+            parameter, _, moment = name.removeprefix(STATE).rpartition(".")
+            assert shape == list(parameters[parameter].shape), name
+            optimizer.state[parameters[parameter]][moment] = torch.zeros_like(parameters[parameter])
+    for name, value in manifest.scalars.items():
+        parameter, _, scalar = name.removeprefix(STATE).rpartition(".")
+        optimizer.state[parameters[parameter]][scalar] = torch.tensor(value)
+    moments, _ = _optimizer_state(model, optimizer)
+    _copy_rows(_Objects(store, manifest, "optimizer"), moments)
+
+
+def check_shapes(manifest: Manifest, shapes: dict[str, list[int]]) -> None:
+    """CheckpointError naming the tensors in which a model differs from the checkpoint."""
+    saved = {name: shape for name, shape in manifest.shapes.items() if not name.startswith(STATE)}
+    names = sorted(saved.keys() | shapes.keys())
+    differing = [
+        f"{name} (checkpoint {saved.get(name, 'none')}, model {shapes.get(name, 'none')})"
+        for name in names
+        if saved.get(name) != shapes.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise CheckpointError(f"{manifest.key} is of another model: {', '.join(differing[:5])}{more}")
+
+
+def load_full(store: Store, manifest: Manifest) -> dict[str, Tensor]:
+    """All of the model's tensors in memory, verified, for inspection, fine-tuning and restore tests."""
+    objects = _Objects(store, manifest, "model")
+    names = [name for name in manifest.shapes if not name.startswith(STATE)]
+    state = {}
+    for name in names:
+        tensor = torch.cat([objects.tensors(rank)[name] for rank in range(manifest.world_size)])
+        if list(tensor.shape) != manifest.shapes[name]:
+            raise CheckpointError(
+                f"{manifest.key}: {name} has shape {list(tensor.shape)}, not as its manifest says"
+            )
+        state[name] = tensor
+    return state
+
+
+def object_name(kind: str, rank: int, world_size: int) -> str:
+    return f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+class _Objects:
+    """The saved ranks' objects of one kind, each read and verified once, when first asked for."""
+
+    def __init__(self, store: Store, manifest: Manifest, kind: str) -> None:
+        self._store = store
+        self.manifest = manifest
+        self._kind = kind
+        self._read: dict[int, dict[str, Tensor]] = {}
+
+    def tensors(self, rank: int) -> dict[str, Tensor]:
+        if rank not in self._read:
+            self._read[rank] = self._load(object_name(self._kind, rank, self.manifest.world_size))
+        return self._read[rank]
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        key = f"{self.manifest.directory}/{name}"
+        where = f"{self._store.url}/{key}"
+        entry = self.manifest.objects[name]
+        try:
+            data = self._store.read(key)
+        except DataError as error:
+            raise CheckpointError(f"checkpoint object: {error}") from error
+        if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{where}: its bytes are not those that were committed ({len(data)} bytes)")
+        try:
+            tensors: dict[str, Tensor] = safetensors.torch.load(data)
+        except SafetensorError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        return tensors
+
+
+def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Moments and scalars (such as AdamW's step) by `state.<parameter>.<name>`."""
+    moments: dict[str, Tensor] = {}
+    scalars: dict[str, float] = {}
+    for parameter_name, parameter in model.named_parameters():
+        for name, value in optimizer.state[parameter].items():
+            key = f"{STATE}{parameter_name}.{name}"
+            if value.ndim:
+                moments[key] = value
+            else:
+                scalars[key] = value.item()
+    return moments, scalars
+
+
+@torch.no_grad()
+def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor]) -> None:
+    """Fill this rank's rows of each tensor from whichever saved ranks hold them."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    saved_size = objects.manifest.world_size
+    for name, value in tensors.items():
+        local = _local(value)
+        num_rows = objects.manifest.shapes[name][0]
+        start, stop = _rows(num_rows, rank, world_size)
+        for saved_rank in range(saved_size):
+            saved_start, saved_stop = _rows(num_rows, saved_rank, saved_size)
+            first, last = max(start, saved_start), min(stop, saved_stop)
+            if first < last:
+                source = objects.tensors(saved_rank)[name]
+                local[first - start : last - start].copy_(source[first - saved_start : last - saved_start])
+
+
+def _rows(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Rows of a rank when `torch.chunk` splits dimension 0: ceil(n/w) each until none are left."""
+    share = math.ceil(num_rows / world_size)
+    return min(rank * share, num_rows), min((rank + 1) * share, num_rows)
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _as_numbers(entry: dict[str, Any]) -> list[int]:
+    digest = bytes.fromhex(entry["sha256"])
+    return [entry["size"], *(int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4))]
+
+
+def _from_numbers(numbers: list[int]) -> dict[str, Any]:
+    size, *words = numbers
+    return {"size": size, "sha256": b"".join(word.to_bytes(4, "big") for word in words).hex()}

@@ -1,0 +1,132 @@
+"""A run's commit log: which checkpoints count, and who may add the next.
+
+`commits/<seq>.json` and `leases/<epoch>.json` are dense create-once sequences, so the newest is found by
+probing the next number, never by listing (a listing may lag). Whoever starts a worker group takes the next
+lease, which names the commit that it continues. A commit of an older epoch that came later is void: that is
+what keeps a writer that was thought dead from being heard. The store must create once atomically.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from workers.errors import CheckpointError
+from workers.storage import AlreadyExists, NotFound, Store
+from workers.training.metrics import lease_key
+
+
+@dataclass(frozen=True)
+class Commit:
+    seq: int
+    epoch: int
+    """Of the lease under which it was written."""
+    parent: int | None
+    """The commit that this one continues."""
+    manifest: str
+    """Key of the MANIFEST.json."""
+    digest: str
+    """sha256 of that manifest."""
+    images_seen: int
+    complete: bool
+    """The run has reached its end."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    epoch: int
+    continues: int | None
+
+
+class CommitLog:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def head(self) -> Commit | None:
+        """The newest commit that counts."""
+        lease = self._newest_lease()
+        return self._head_under(lease) if lease is not None else None
+
+    def lineage_from(self, seq: int | None) -> Iterator[Commit]:
+        """A commit, its parent, and so on to the first."""
+        while seq is not None and (commit := self._commit(seq)) is not None:
+            yield commit
+            seq = commit.parent
+
+    def take_lease(self) -> Lease:
+        """Become the run's only writer; everybody with an older lease is void from now on."""
+        newest = self._newest_lease()
+        epoch = newest.epoch + 1 if newest else 0
+        while True:
+            head = self.head()
+            lease = Lease(epoch, head.seq if head else None)
+            try:
+                self.store.create(lease_key(epoch), json.dumps(asdict(lease)).encode())
+            except AlreadyExists:
+                epoch += 1
+                continue
+            return lease
+
+    def append(
+        self,
+        lease: Lease,
+        *,
+        parent: int | None,
+        manifest: str,
+        digest: str,
+        images_seen: int,
+        complete: bool,
+    ) -> Commit:
+        """Add a commit; CheckpointError if a newer lease exists."""
+        seq = 0 if parent is None else parent + 1
+        while True:
+            self._check_lease(lease)
+            commit = Commit(seq, lease.epoch, parent, manifest, digest, images_seen, complete)
+            try:
+                self.store.create(_commit_key(seq), json.dumps(asdict(commit)).encode())
+            except AlreadyExists:
+                seq += 1
+                continue
+            # A newer lease may have been taken between the check and the write; then this commit is void.
+            self._check_lease(lease)
+            return commit
+
+    def _check_lease(self, lease: Lease) -> None:
+        if self._lease(lease.epoch + 1) is not None:
+            raise CheckpointError(
+                f"{self.store.url}: another writer has taken over this run (lease {lease.epoch + 1}); "
+                "this one ends without a trace in the result"
+            )
+
+    def _newest_lease(self) -> Lease | None:
+        newest = None
+        while (lease := self._lease(newest.epoch + 1 if newest else 0)) is not None:
+            newest = lease
+        return newest
+
+    def _head_under(self, lease: Lease) -> Commit | None:
+        head = self._commit(lease.continues) if lease.continues is not None else None
+        seq = 0 if lease.continues is None else lease.continues + 1
+        while (commit := self._commit(seq)) is not None:
+            if commit.epoch == lease.epoch:
+                head = commit
+            seq += 1
+        return head
+
+    def _lease(self, epoch: int) -> Lease | None:
+        data = _read(self.store, lease_key(epoch))
+        return Lease(**json.loads(data)) if data is not None else None
+
+    def _commit(self, seq: int) -> Commit | None:
+        data = _read(self.store, _commit_key(seq))
+        return Commit(**json.loads(data)) if data is not None else None
+
+
+def _read(store: Store, key: str) -> bytes | None:
+    try:
+        return store.read(key)
+    except NotFound:
+        return None
+
+
+def _commit_key(seq: int) -> str:
+    return f"commits/{seq:08d}.json"

@@ -1,0 +1,259 @@
+"""Training, as one rank of a worker group: `train` reads from top to bottom.
+
+Knows neither Ray nor a tracking server; `workers/ray_entry.py` calls it on a cluster.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from workers.config import RunConfig, make_config
+from workers.data.index import DatasetIndex
+from workers.data.order import Order, Positions
+from workers.data.stream import Batch, TrainStream
+from workers.data.subset import subset, subset_fingerprint
+from workers.errors import ConfigError
+from workers.models import build_model
+from workers.models.sizes import patch_grid
+from workers.models.vit import VisionTransformer
+from workers.models.weights import adapt_state_dict
+from workers.storage import open_store
+from workers.training.checkpoint import load_full, open_manifest
+from workers.training.evaluate import Evaluation, evaluate, normalize
+from workers.training.metrics import EventWriter
+from workers.training.optim import learning_rate, make_optimizer
+from workers.training.parallel import join_group, shard
+from workers.training.state import TrainState, share_lease
+
+log = logging.getLogger(__name__)
+
+CONFUSION_CLASSES = 200
+"""Up to so many classes the confusion matrix is recorded; beyond, nobody reads it."""
+
+
+def train_worker(payload: Mapping[str, Any], device: torch.device) -> None:
+    """Train the payload's runs, one after another, in this worker group; complete ones are skipped.
+
+    `payload["runs"]` holds `{"config": RunConfig as JSON, "url": where the run's objects go}`.
+    """
+    for entry in payload["runs"]:
+        train(make_config(entry["config"]), entry["url"], device)
+
+
+def train(config: RunConfig, run_url: str, device: torch.device) -> None:
+    """Train one run to its end, or skip it if its commit log says that it is there."""
+    rank, world_size = join_group()
+    torch.set_num_threads(config.compute.cpus_per_worker)
+    store = open_store(run_url)
+    lease = share_lease(store, device)
+    if lease is None:
+        log.info("%s is complete", config.run)
+        return
+
+    data, validation = _open_data(config)
+    order, samples = _make_order(config, data)
+    model = shard(_initial_model(config), device)
+    optimizer = make_optimizer(model, config.optim)
+    state = TrainState(config, store, lease, order, model, optimizer, device)
+    state.resume()
+    events = EventWriter(store, lease.epoch) if rank == 0 else None
+    if events:
+        events.write("start", state.images_seen, world_size=world_size)
+
+    batch_size = config.train.global_batch_size
+    total_images = config.num_steps * batch_size
+    stream = TrainStream(
+        data,
+        order,
+        subset=samples,
+        global_batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        start_step=state.step,
+        image_size=config.model.image_size,
+        channels=config.model.channels,
+        augment=config.data.augment,
+        prefetch_batches=config.compute.prefetch_batches,
+    )
+    meter = Meter(device)
+    result: Evaluation | None = None
+    try:
+        while not state.complete:
+            rate = learning_rate(config.optim, state.images_seen, total_images)
+            totals = _train_step(state, next(stream), rate)
+            state.step += 1
+            meter.add(totals, batch_size)
+
+            if state.complete or _due(state, config.train.log_every_images):
+                values = meter.take(waited=stream.times.take().wait)
+                if events:
+                    events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
+            if state.complete or _due(state, config.train.eval_every_images):
+                images_per_rank = config.compute.microbatch_size or -(-batch_size // world_size)
+                result = evaluate(model, config.model, validation, batch_size=images_per_rank, device=device)
+                if events:
+                    _write_evaluation(events, state, result)
+                meter.restart()
+            if state.complete or _checkpoint_due(state):
+                state.commit(_final_metrics(state, result), events)
+                meter.restart()
+    finally:
+        stream.close()
+
+
+def _open_data(config: RunConfig) -> tuple[DatasetIndex, DatasetIndex]:
+    index = DatasetIndex.open(config.data.url)
+    validation = DatasetIndex.open(config.data.validation_url)
+    for field, expected, found in (
+        ("data.fingerprint", config.data.fingerprint, index.fingerprint),
+        ("data.validation_fingerprint", config.data.validation_fingerprint, validation.fingerprint),
+    ):
+        if expected not in (None, found):
+            raise ConfigError(f"{field} is {expected}, but the data there has {found}; it changed since")
+    if config.model.num_classes != len(index.classes):
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, the data has {len(index.classes)} classes"
+        )
+    return index, validation
+
+
+def _make_order(config: RunConfig, data: DatasetIndex) -> tuple[Order, Positions | None]:
+    """The order of the data or of its subset, and which samples are in that (None: all)."""
+    part = config.data
+    fingerprint, num_samples, samples = data.fingerprint, data.num_samples, None
+    if part.subset is not None:
+        samples = subset(num_samples, part.subset, part.subset_seed)
+        fingerprint = subset_fingerprint(fingerprint, part.subset, part.subset_seed)
+        num_samples = part.subset
+    order = Order.for_dataset(
+        fingerprint,
+        num_samples,
+        seed=config.seed,
+        lanes=part.lanes,
+        chunk_samples=part.chunk_samples,
+        window_chunks=part.window_chunks,
+    )
+    return order, samples
+
+
+def _initial_model(config: RunConfig) -> nn.Module:
+    """Whole and equal on every rank: the parent's weights if there is one, else from the seed."""
+    torch.manual_seed(config.seed)
+    part = config.model
+    model = build_model(
+        part.family,
+        part.size,
+        image_size=part.image_size,
+        patch_size=part.patch_size,
+        channels=part.channels,
+        num_classes=part.num_classes,
+    )
+    if config.init is not None:
+        store, manifest = open_manifest(config.init.manifest, config.init.digest)
+        source = make_config(manifest.config).model
+        assert isinstance(model, VisionTransformer), "only a ViT is fine-tuned"
+        model.load_state_dict(
+            adapt_state_dict(
+                load_full(store, manifest),
+                source_grid=patch_grid(source.image_size, source.patch_size),
+                target=model,
+                new_head=config.init.new_head,
+            )
+        )
+    return model
+
+
+def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
+    """One update. This rank's share of (loss, accuracy, gradient norm), float32 (3,), stays on the device."""
+    config, device = state.config, state.device
+    global_batch_size = config.train.global_batch_size
+    totals = torch.zeros(3, device=device)
+    for images, targets, sample_weights in _microbatches(batch, config.compute.microbatch_size):
+        labels, weights = targets.to(device), sample_weights.to(device)
+        logits = state.model(normalize(images.to(device)))
+        losses = F.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=config.optim.label_smoothing
+        )
+        loss = (losses * weights).sum() / global_batch_size
+        # FSDP averages gradients over ranks; the gradient of the global batch is their sum.
+        torch.autograd.backward(loss * dist.get_world_size())
+        totals[0] += loss.detach()
+        totals[1] += ((logits.argmax(dim=1) == labels) * weights).sum() / global_batch_size
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
+    totals[2] = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / dist.get_world_size()
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return totals
+
+
+def _microbatches(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    size = size or len(batch.labels)
+    yield from zip(batch.images.split(size), batch.labels.split(size), batch.weights.split(size), strict=True)
+
+
+def _write_evaluation(events: EventWriter, state: TrainState, result: Evaluation) -> None:
+    values = {"val_loss": result.loss, "val_accuracy": result.accuracy}
+    events.write("metrics", state.images_seen, values=values)
+    if state.complete and len(result.confusion) <= CONFUSION_CLASSES:
+        events.write("confusion", state.images_seen, counts=result.confusion)
+
+
+def _final_metrics(state: TrainState, result: Evaluation | None) -> dict[str, float]:
+    """What a gate may ask for; only the final commit, which was just evaluated, has it."""
+    if not state.complete or result is None:
+        return {}
+    return {"val_loss": result.loss, "val_accuracy": result.accuracy, "val_images": result.num_images}
+
+
+def _due(state: TrainState, every: int) -> bool:
+    """Did the last batch cross a multiple of `every` images?"""
+    return state.images_seen // every != (state.images_seen - state.config.train.global_batch_size) // every
+
+
+def _checkpoint_due(state: TrainState) -> bool:
+    """Not when the final one is less than a quarter of an interval away."""
+    every = state.config.train.checkpoint_every_images
+    left = state.config.num_steps * state.config.train.global_batch_size - state.images_seen
+    return _due(state, every) and left >= every / 4
+
+
+class Meter:
+    """Sums over steps since the last report; reading them is the loop's only wait for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self._totals = torch.zeros(3, device=self._device)
+        self._steps = self._images = 0
+        self._start = time.perf_counter()
+
+    def add(self, totals: Tensor, images: int) -> None:
+        self._totals += totals
+        self._steps += 1
+        self._images += images
+
+    def take(self, *, waited: float) -> dict[str, float]:
+        """Means over those steps and all ranks; `waited` is this rank's wait for data, in seconds."""
+        dist.all_reduce(self._totals)
+        loss, accuracy, norm = (self._totals / max(1, self._steps)).tolist()
+        seconds = time.perf_counter() - self._start
+        values = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "gradient_norm": norm,
+            "images_per_second": self._images / seconds,
+            "data_wait": min(1.0, waited / seconds),
+        }
+        self.restart()
+        return values

@@ -1,0 +1,82 @@
+"""What a run tells the world: create-once segments of JSON lines below `events/`.
+
+Rank 0 writes `events/<epoch>-<seq>.jsonl`, where the epoch is that of its lease; anybody reads. Training
+never talks to a tracking server, so none can stop it. Readers probe for the next segment and never list.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from workers.storage import NotFound, Store
+
+FLUSH_SECONDS = 2.0
+
+
+class EventWriter:
+    """Collects events and writes a segment every few seconds; `flush` before each commit."""
+
+    def __init__(self, store: Store, epoch: int) -> None:
+        self._store = store
+        self._epoch = epoch
+        self._seq = 0
+        self._lines: list[str] = []
+        self._last_flush = time.monotonic()
+
+    def write(self, kind: str, images_seen: int, **values: Any) -> None:
+        event = {"kind": kind, "images_seen": images_seen, "time": time.time(), **values}
+        self._lines.append(json.dumps(event))
+        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._lines:
+            self._store.create(segment_key(self._epoch, self._seq), "\n".join(self._lines).encode())
+            self._lines.clear()
+            self._seq += 1
+        self._last_flush = time.monotonic()
+
+
+class EventReader:
+    """Reads each event of a run once, in order; call `read` again for what has come since."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._epoch = 0
+        self._seq = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Events in order, each with its `epoch`; a newer epoch supersedes what it does not continue."""
+        while True:
+            segment = self._segment(self._epoch, self._seq)
+            if segment is not None:
+                self._seq += 1
+                for line in segment.splitlines():
+                    yield {"epoch": self._epoch, **json.loads(line)}
+            elif self._newer_epoch():
+                self._epoch, self._seq = self._epoch + 1, 0
+            else:
+                return
+
+    def _segment(self, epoch: int, seq: int) -> bytes | None:
+        try:
+            return self._store.read(segment_key(epoch, seq))
+        except NotFound:
+            return None
+
+    def _newer_epoch(self) -> bool:
+        # A lease is taken before the first event of its epoch, so the old epoch's writer is fenced by then.
+        try:
+            self._store.head(lease_key(self._epoch + 1))
+        except NotFound:
+            return False
+        return True
+
+
+def segment_key(epoch: int, seq: int) -> str:
+    return f"events/{epoch:06d}-{seq:06d}.jsonl"
+
+
+def lease_key(epoch: int) -> str:
+    return f"leases/{epoch:06d}.json"

@@ -1,0 +1,39 @@
+"""A model back from a checkpoint, whole and on the CPU, and the proof that it can be had."""
+
+import torch
+from torch import nn
+
+from workers.config import make_config
+from workers.errors import CheckpointError
+from workers.models import build_model
+from workers.training.checkpoint import Manifest, check_shapes, load_full, open_manifest
+
+
+def load_model(url: str, digest: str) -> tuple[nn.Module, Manifest]:
+    """The model of a manifest, in evaluation mode; every byte is verified before use."""
+    store, manifest = open_manifest(url, digest)
+    config = make_config(manifest.config).model
+    model = build_model(
+        config.family,
+        config.size,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        num_classes=config.num_classes,
+    )
+    check_shapes(manifest, {name: list(value.shape) for name, value in model.named_parameters()})
+    model.load_state_dict(load_full(store, manifest))
+    return model.eval(), manifest
+
+
+@torch.no_grad()
+def restore_test(url: str, digest: str) -> None:
+    """CheckpointError unless the model loads, all its weights are finite, and so is what it computes."""
+    model, manifest = load_model(url, digest)
+    broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if broken:
+        raise CheckpointError(f"{url}: weights that are not finite: {', '.join(broken[:5])}")
+    config = make_config(manifest.config).model
+    images = torch.rand(2, config.channels, config.image_size, config.image_size) * 2 - 1
+    if not torch.isfinite(model(images)).all():
+        raise CheckpointError(f"{url}: the restored model computes values that are not finite")

@@ -1,0 +1,127 @@
+"""A run between two steps: model, optimizer and cursor, as commits keep them and give them back."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+import workers
+from workers.config import RunConfig
+from workers.data.order import Order
+from workers.errors import CheckpointError
+from workers.storage import Store
+from workers.training import checkpoint
+from workers.training.commits import CommitLog, Lease
+from workers.training.metrics import EventWriter
+from workers.training.parallel import all_agree, broadcast_integers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """What one rank holds; the cursor in the data is step x global batch size."""
+
+    config: RunConfig
+    store: Store
+    """Of the run."""
+    lease: Lease
+    order: Order
+    model: nn.Module
+    optimizer: Optimizer
+    device: torch.device
+    step: int = 0
+    parent: int | None = None
+    """Sequence number of the commit that the next one continues."""
+    parent_digest: str | None = None
+    """sha256 of its manifest; known to rank 0, which writes the next."""
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.config.train.global_batch_size
+
+    @property
+    def complete(self) -> bool:
+        return self.step == self.config.num_steps
+
+    def resume(self) -> None:
+        """Go on from the newest commit whose every byte is what was committed; all ranks choose the same."""
+        for commit in CommitLog(self.store).lineage_from(self.lease.continues):
+            usable = True
+            try:
+                manifest = checkpoint.read_manifest(self.store, commit.manifest, commit.digest)
+                self.order.check(manifest.order)
+                checkpoint.load_into(self.store, manifest, self.model, self.optimizer)
+            except CheckpointError as error:
+                usable = False
+                log.warning("commit %d cannot be used, trying its parent: %s", commit.seq, error)
+            if all_agree(usable, self.device):
+                self.step = commit.images_seen // self.config.train.global_batch_size
+                self.parent, self.parent_digest = commit.seq, commit.digest
+                log.info("%s goes on from image %d", self.config.run, commit.images_seen)
+                return
+        if self.lease.continues is not None:
+            raise CheckpointError(
+                f"{self.store.url}: none of this run's commits can be read; delete the run to start again"
+            )
+
+    def commit(self, metrics: dict[str, float], events: EventWriter | None) -> None:
+        """Every rank writes its objects, then rank 0 the manifest and the log's next entry."""
+        directory = checkpoint.checkpoint_directory(self.images_seen, self.lease.epoch)
+        written = checkpoint.write_shards(self.store, directory, self.model, self.optimizer)
+        manifest = checkpoint.Manifest(
+            run=self.config.run,
+            images_seen=self.images_seen,
+            step=self.step,
+            epoch=self.lease.epoch,
+            parent=self.parent_digest,
+            world_size=dist.get_world_size(),
+            objects=written.gather(self.device),
+            shapes=written.shapes,
+            scalars=written.scalars,
+            config=self.config.model_dump(mode="json"),
+            order=self.order.identity(),
+            metrics=metrics,
+            versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
+            complete=self.complete,
+        )
+        seq = -1
+        if events is not None:
+            events.flush()
+            seq = self._append(directory, manifest)
+            events.write("commit", self.images_seen, seq=seq, complete=self.complete)
+            events.flush()
+        (self.parent,) = broadcast_integers([seq], self.device)
+
+    def _append(self, directory: str, manifest: checkpoint.Manifest) -> int:
+        data = manifest.to_bytes()
+        key = f"{directory}/{checkpoint.MANIFEST}"
+        self.store.create(key, data)
+        digest = hashlib.sha256(data).hexdigest()
+        commit = CommitLog(self.store).append(
+            self.lease,
+            parent=self.parent,
+            manifest=key,
+            digest=digest,
+            images_seen=self.images_seen,
+            complete=self.complete,
+        )
+        self.parent_digest = digest
+        return commit.seq
+
+
+def share_lease(store: Store, device: torch.device) -> Lease | None:
+    """Rank 0 takes the run's next lease and all ranks learn of it; None if the run is complete already."""
+    numbers = [-1, -1]
+    if dist.get_rank() == 0:
+        commits = CommitLog(store)
+        head = commits.head()
+        if head is None or not head.complete:
+            lease = commits.take_lease()
+            numbers = [lease.epoch, -1 if lease.continues is None else lease.continues]
+    epoch, continues = broadcast_integers(numbers, device)
+    return None if epoch < 0 else Lease(epoch, None if continues < 0 else continues)
