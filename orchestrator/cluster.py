@@ -60,11 +60,11 @@ class Cluster:
             on_tick()
             time.sleep(POLL_SECONDS)
         on_tick()
-        if is_complete(spec):
+        if status == JobStatus.SUCCEEDED and is_complete(spec):
             return
         raise read_failure(store, job) or VitscaleError(
-            f"job {job} ended as {status} before its runs were complete; the same command goes on from the "
-            f"last commit. Its log ends:\n{self.log_tail(job)}"
+            f"job {job} ended as {status.value}; the same command goes on from the last commit. "
+            f"Its log ends:\n{self.log_tail(job)}"
         )
 
     def stop(self, job: str) -> None:

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if getattr(workers, "DISTRIBUTION", None) != "vitscale":
             raise ConfigError(f"{workers.__file__} is not vitscale's; install vitscale on the cluster")
+        # Ray names the cluster of a job in its environment.
+        ray.init(address="auto")
         run_job(read_spec(runs, digest))
     except VitscaleError as error:
         log.error("%s", error)

@@ -7,7 +7,7 @@ same fixed command with that digest, so nothing that a person typed ever reaches
 import hashlib
 import json
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from workers.config import Part, RunConfig, explain
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
@@ -31,11 +31,6 @@ class JobSpec(Part):
     tags: dict[str, str] = Field(default_factory=dict)
     register_as: str | None = None
     """Name of the registered model whose next version the run's result becomes."""
-
-    @field_validator("configs", mode="before")
-    @classmethod
-    def _tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
 
     @property
     def digest(self) -> str:
@@ -62,7 +57,7 @@ def read_spec(runs: str, digest: str) -> JobSpec:
     if hashlib.sha256(data).hexdigest() != digest:
         raise DataError(f"job specification {digest[:12]} was changed after it was written")
     try:
-        return JobSpec.model_validate(json.loads(data))
+        return JobSpec.model_validate_json(data)
     except ValidationError as error:
         raise ConfigError(f"job specification {digest[:12]}: {explain(error, JobSpec)}") from None
 

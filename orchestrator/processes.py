@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -95,6 +96,8 @@ def write_file(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     with os.fdopen(handle, "w") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     Path(temporary).replace(path)
 
 
@@ -108,6 +111,14 @@ def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], failure: str) -> None:
+    """To its end; VitscaleError of `failure` and the end of the output if that is not success."""
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        output = (result.stdout + result.stderr).strip().splitlines()[-LOG_TAIL:]
+        raise VitscaleError("\n".join([f"{failure}:", *output]))
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Leader:

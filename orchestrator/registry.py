@@ -24,7 +24,7 @@ from workers.training.commits import CommitLog
 from workers.training.restore import restore_test
 
 DIGEST_TAG = "vitscale.manifest_sha256"
-LOCAL = "vitscale+"
+LOCAL = "vitscale-"
 """Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
 
 

@@ -1,9 +1,9 @@
 """The object store of one machine: OpenStack Swift, all in one, behind its S3 interface.
 
-Swift lives in a virtual environment of its own in the user's cache, because it needs versions of packages that
-nothing else here wants. Four processes of some 60 MB: account, container, object and proxy server; data is on
-disk in a folder with user xattrs. Its creation of an object "if there is none" is not atomic under races, so
-it holds data sets and MLflow's artifacts, never runs.
+Swift lives in a virtual environment of its own in the user's cache, because it needs versions of packages
+that nothing else here wants. Four processes of some 60 MB: account, container, object and proxy server; data
+is on disk in a folder with user xattrs. Its creation of an object "if there is none" is not atomic under
+races, so it holds data sets and MLflow's artifacts, never runs.
 """
 
 import contextlib
@@ -12,14 +12,12 @@ import os
 import pwd
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.processes import Progress, base_environment, exclusive, http_status, write_file
-from workers.errors import VitscaleError
+from orchestrator.processes import Progress, base_environment, exclusive, http_status, run, write_file
 
 VERSION = "2.38.3"
 REQUIREMENTS = """\
@@ -134,7 +132,7 @@ def obstacle(folder: Path) -> str | None:
         pwd.getpwuid(os.getuid())
     except KeyError:
         return f"user {os.getuid()} has no name on this machine"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         try:
             # As long as Swift's metadata of an object may be on ext4, whose xattrs share one 4 KB block.
@@ -164,25 +162,14 @@ def install(cache: Path, progress: Progress) -> Path:
         requirements.write_text(REQUIREMENTS)
         environment = base_environment()
         environment.pop("PYTHONPATH", None)
-        pip = [
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--disable-pip-version-check",
-        ]
-        for command in (
-            [sys.executable, "-m", "venv", str(home)],
-            [str(python), *pip, "-r", str(requirements)],
-        ):
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise VitscaleError(
-                    f"Swift {VERSION} could not be installed:\n{(result.stdout + result.stderr)[-1500:]}\n"
-                    "It needs pip and a package index once; `vitscale up --object-store file` does without"
-                )
+        failure = (
+            f"Swift {VERSION} could not be installed, which takes pip and a package index once "
+            "(`vitscale up --object-store file` does without)"
+        )
+        run([sys.executable, "-m", "venv", str(home)], environment, failure)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-deps", "--only-binary=:all:", "-r", str(requirements)]
+        run(pip, environment, failure)
         # Written last: without it the environment is not complete.
         complete.write_text(REQUIREMENTS)
     return python
@@ -210,7 +197,8 @@ def prepare(folder: Path, python: Path, ports: Mapping[str, int]) -> None:
     write_file(conf / "proxy.conf", text)
     write_file(conf / "vitscale_swift.py", PLUGIN.read_text())
     rings = [str(python), str(conf / "vitscale_swift.py"), str(conf)]
-    subprocess.run([*rings, *(str(ports[server]) for server in STORAGE_SERVERS)], check=True)
+    rings += [str(ports[server]) for server in STORAGE_SERVERS]
+    run(rings, base_environment(), "Swift's ring files cannot be made")
 
 
 def write_credentials(folder: Path, endpoint: str) -> tuple[Path, Path]:
@@ -223,7 +211,7 @@ def write_credentials(folder: Path, endpoint: str) -> tuple[Path, Path]:
 
 
 def commands(folder: Path, python: Path) -> list[list[str]]:
-    """One per server, the proxy last. Scripts are run by name: their own first line may be too long a path."""
+    """One per server, the proxy last. The interpreter is named: a script's first line may hold 127 bytes."""
     scripts = python.parent
     return [
         [str(python), str(scripts / f"swift-{server}-server"), str(folder / "conf" / f"{server}.conf"), "-v"]
@@ -244,7 +232,7 @@ def catch_up(folder: Path, python: Path) -> None:
     """Enter into listings what was written while the container server was down."""
     if any((folder / "devices/d1").glob("async_pending*/*/*")):
         updater = [str(python), str(python.parent / "swift-object-updater"), str(folder / "conf/object.conf")]
-        subprocess.run([*updater, "once"], env=base_environment(), capture_output=True, check=True)
+        run([*updater, "once"], base_environment(), "Swift's listings cannot be completed")
 
 
 def _keys(folder: Path) -> tuple[str, str, str]:

@@ -72,14 +72,16 @@ def quickstart(
     directory: Directory = Path(".vitscale"),
     data: Annotated[
         str,
-        typer.Option("--data", help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg."),
+        typer.Option(
+            "--data", help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg."
+        ),
     ] = "digits",
     recipe: Annotated[
         str | None, typer.Option(help="Recipe to pretrain; by default one that fits the images' size.")
     ] = None,
 ) -> None:
-    """The whole journey on this machine, with every service embedded: ingest, pretrain, promote, fine-tune at a
-    higher resolution, study scale, report. Interrupted, the same command goes on where it was.
+    """The whole journey on this machine, with every service embedded: ingest, pretrain, promote, fine-tune
+    at a higher resolution, study scale, report. Interrupted, the same command goes on where it was.
 
     Example: vitscale quickstart --dir /tmp/try
     """
@@ -117,7 +119,9 @@ def up(
         num_cpus=num_cpus,
         progress=console.print,
     )
-    console.print(f"\nMLflow   {site.mlflow}\nRay      {site.ray}\nData     {site.data}\nRuns     {site.runs}")
+    console.print(
+        f"\nMLflow   {site.mlflow}\nRay      {site.ray}\nData     {site.data}\nRuns     {site.runs}"
+    )
 
 
 @app.command()
@@ -134,10 +138,12 @@ def down(directory: Directory = Path(".vitscale")) -> None:
 @app.command()
 def ingest(
     source: Annotated[
-        str, typer.Argument(help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg.")
+        str,
+        typer.Argument(help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg."),
     ],
     destination: Annotated[
-        str, typer.Argument(help="URL to write to, e.g. s3://bucket/birds; or a name below the site's data root.")
+        str,
+        typer.Argument(help="URL to write to, e.g. s3://bucket/birds; or a name below the site's data root."),
     ],
     validation: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
     limit: Annotated[int | None, typer.Option(help="Take only so many images.")] = None,
@@ -154,8 +160,9 @@ def ingest(
     from pipelines.ingest import ingest as run_ingest
     from workers.storage import join_url
 
-    where = _site(site, needed="://" not in destination)
-    url = destination if "://" in destination or where is None else join_url(where.data, destination)
+    is_url = "://" in destination
+    where = _site_if_any(site) if is_url else _site(site)
+    url = destination if is_url or where is None else join_url(where.data, destination)
     with _bar(f"ingest {source}") as advance:
         report = run_ingest(
             source,
@@ -184,7 +191,7 @@ def index(url: str, site: SiteFile = None, as_json: AsJson = False) -> None:
     """
     from workers.data.index import build_index
 
-    _site(site, needed=False)
+    _site_if_any(site)
     with _bar(f"index {url}") as advance:
         result = build_index(url, progress=advance)
     if as_json:
@@ -192,8 +199,8 @@ def index(url: str, site: SiteFile = None, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({**facts, "num_shards": len(result.shards), "classes": list(result.classes)}))
         return
     console.print(
-        f"{url}: {result.num_samples:,} samples in {len(result.shards)} shards, {len(result.classes)} classes, "
-        f"fingerprint {result.fingerprint[:12]}"
+        f"{url}: {result.num_samples:,} samples in {len(result.shards)} shards, "
+        f"{len(result.classes)} classes, fingerprint {result.fingerprint[:12]}"
     )
 
 
@@ -247,7 +254,7 @@ def finetune(
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a registered checkpoint at another resolution; its position embeddings are resampled bicubically.
+    """Fine-tune a registered checkpoint at another resolution, its position embeddings resampled bicubically.
 
     Example: vitscale finetune vit-digits@champion --image-size 16
     """
@@ -337,14 +344,14 @@ def promote(
 
 @app.command()
 def scale(
-    study: Annotated[str, typer.Argument(help="YAML file of a study, or `digits`.")],
+    study: Annotated[str, typer.Argument(help="YAML file of a study, or `small`.")],
     data: DataRoot = None,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a ladder of model sizes and data sizes, ViT and ResNet, and fit power laws. Finished runs are kept.
 
-    Example: vitscale scale digits --data s3://vitscale/digits
+    Example: vitscale scale small --data s3://vitscale/digits
     """
     where = _site(site)
     from pipelines.scaling import ladder
@@ -358,15 +365,20 @@ def scale(
     console.print(ladder.as_table(results, laws))
 
 
-def _site(path: Path | None, needed: bool = True) -> "Site | None":
+def _site(path: Path | None) -> "Site":
     """The site, with this process's environment set so that boto3, MLflow and Ray find its services."""
-    from orchestrator.site import DEFAULT_SITE, Site, find_site
+    from orchestrator.site import Site, find_site
 
-    if not needed and path is None and not DEFAULT_SITE.is_file():
-        return None
     site = Site.load(find_site(path))
     os.environ.update(site.environment())
     return site
+
+
+def _site_if_any(path: Path | None) -> "Site | None":
+    """For commands that only need the object store, which one's own AWS configuration may describe."""
+    from orchestrator.site import DEFAULT_SITE
+
+    return _site(path) if path is not None or DEFAULT_SITE.is_file() else None
 
 
 def _bring_up(directory: Path) -> "Site":

@@ -179,7 +179,7 @@ def _readable(examined: Sequence[Examined], skip: bool) -> tuple[list[Examined],
             "\n  ".join(
                 [
                     f"{len(problems)} of {len(examined)} images cannot be read; repair or remove them, "
-                    f"or leave them out with skip_unreadable:",
+                    f"or leave them out with --skip-unreadable:",
                     *problems[:SHOWN],
                     *more,
                 ]

@@ -190,7 +190,7 @@ class RunConfig(Part):
 def make_config(values: Mapping[str, Any]) -> RunConfig:
     """A configuration from plain values; ConfigError names each wrong field."""
     try:
-        return RunConfig.model_validate(dict(values))
+        return RunConfig.model_validate_json(json.dumps(dict(values)))
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
 

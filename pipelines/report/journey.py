@@ -29,7 +29,7 @@ class Stage:
     name: str
     summary: str
     seconds: float | None = None
-    """Wall time; None where a finished stage was skipped."""
+    """Wall time; None where nobody knows."""
     url: str | None = None
 
 

@@ -2,15 +2,23 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from pydantic import ValidationError
+from rich.console import Console, Group
+from rich.table import Table
 
 from orchestrator.job import JobSpec, run_url
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
-from pipelines.pretrain import EXPERIMENT, run_job
-from workers.config import Part, RunConfig, make_config
+from pipelines.pretrain import EXPERIMENT, read_config, resolve, run_job
+from pipelines.recipes import DataFacts, read_facts, vit_digits
+from pipelines.scaling.laws import PowerLaw, error_rate, fit_power_law, wilson_interval
+from workers.config import Part, RunConfig, explain, make_config, read_yaml
+from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
 from workers.storage import open_store
 from workers.training.checkpoint import read_manifest
@@ -44,6 +52,43 @@ class RungResult:
     """Validation images."""
 
 
+def read_study(text: str, data: str | None) -> Study:
+    """From a YAML file, whose `base` may be a recipe's name, or by name: `small`."""
+    if text == "small":
+        return small_study(_need_data(data, "study small"))
+    values = read_yaml(Path(text))
+    if isinstance(values.get("base"), str):
+        values["base"] = read_config(values["base"], data, ()).model_dump(mode="json")
+    try:
+        study = Study.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(f"{text}: {explain(error, Study)}") from None
+    return study.model_copy(update={"base": resolve(study.base)})
+
+
+def small_study(data: DataFacts, base: RunConfig | None = None, *, epochs: int = 20) -> Study:
+    """Three toy ViTs and the smallest ResNet, on an eighth, a third and all of the images; one worker a run.
+
+    `base` is the recipe whose resolution and augmentation the rungs share, by default that of the digits.
+    Every rung sees `epochs` times the whole data set's number of images.
+    """
+    recipe = base or vit_digits(data)
+    images = epochs * data.num_images
+    train = recipe.train.model_copy(
+        update={"images": images, "eval_every_images": images, "checkpoint_every_images": images // 2}
+    )
+    optim = recipe.optim.model_copy(update={"warmup_images": images // 10})
+    compute = recipe.compute.model_copy(update={"workers": 1})
+    return Study(
+        base=recipe.model_copy(
+            update={"name": f"{recipe.name}-study", "train": train, "optim": optim, "compute": compute}
+        ),
+        vit_sizes=("digits-xs", "digits-s", "digits"),
+        resnet_sizes=("8",),
+        num_images=(data.num_images // 8, data.num_images // 3, data.num_images),
+    )
+
+
 def rungs(study: Study) -> list[RunConfig]:
     """Smallest first; the ResNets after the ViTs."""
     models = [("vit", size) for size in study.vit_sizes] + [("resnet", size) for size in study.resnet_sizes]
@@ -58,15 +103,11 @@ def _rung(base: RunConfig, family: str, size: str, num_images: int) -> RunConfig
     return make_config(values)
 
 
-def check_study(study: Study, available: int) -> None:
-    """ConfigError if a rung wants more images than there are."""
-    for wanted in study.num_images:
-        if wanted > available:
-            raise ConfigError(f"num_images: {wanted} is more than the {available} training images")
-
-
 def run_study(site: Site, study: Study, console: Console) -> list[RungResult]:
     """Train every rung that is not complete yet, then read all results."""
+    available = DatasetIndex.open(study.base.data.url).num_samples
+    if max(study.num_images) > available:
+        raise ConfigError(f"num_images: {max(study.num_images)} is more than the {available} training images")
     configs = rungs(study)
     tracking = Tracking(site.mlflow, EXPERIMENT)
     if not all(_is_recorded(tracking, site, config) for config in configs):
@@ -80,6 +121,68 @@ def run_study(site: Site, study: Study, console: Console) -> list[RungResult]:
         )
         run_job(site, spec, f"study of {len(configs)} runs", console)
     return [_result(tracking, site, config) for config in configs]
+
+
+def fit_laws(results: Sequence[RungResult]) -> dict[str, PowerLaw]:
+    """Error against distinct training images, one power law for each model of at least two data sizes."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for result in results:
+        model = result.config.model
+        size = result.config.data.subset or 0
+        points.setdefault(f"{model.family} {model.size}", []).append(
+            (size, error_rate(result.errors, result.total))
+        )
+    return {
+        label: fit_power_law([x for x, _ in pairs], [y for _, y in pairs])
+        for label, pairs in points.items()
+        if len({x for x, _ in pairs}) > 1
+    }
+
+
+def as_rows(results: Sequence[RungResult], laws: Mapping[str, PowerLaw]) -> dict[str, list[dict[str, Any]]]:
+    """Plain values, for --json."""
+    rows = [
+        {
+            "family": result.config.model.family,
+            "size": result.config.model.size,
+            "parameters": result.config.model.parameters,
+            "num_images": result.config.data.subset,
+            "images_seen": result.config.num_steps * result.config.train.global_batch_size,
+            "errors": result.errors,
+            "total": result.total,
+            "val_loss": result.val_loss,
+            "run": result.config.run,
+        }
+        for result in results
+    ]
+    return {"rungs": rows, "laws": [{"model": label, **asdict(law)} for label, law in laws.items()]}
+
+
+def as_table(results: Sequence[RungResult], laws: Mapping[str, PowerLaw]) -> Group:
+    table = Table("model", "parameters", "images", "val error", "95 % interval", box=None)
+    for result in results:
+        model = result.config.model
+        low, high = wilson_interval(result.errors, result.total)
+        table.add_row(
+            f"{model.family} {model.size}",
+            f"{model.parameters:,}",
+            f"{result.config.data.subset:,}",
+            f"{result.errors / result.total:.2%}",
+            f"{low:.1%} to {high:.1%}",
+        )
+    lines = [f"{label}: error = {law.b:.3g} n^-{law.c:.2f}{_spread(law)}" for label, law in laws.items()]
+    return Group(table, "", *lines)
+
+
+def _spread(law: PowerLaw) -> str:
+    interval = law.c_interval()
+    return f" (exponent {interval[0]:.2f} to {interval[1]:.2f}, 95 %)" if interval else ""
+
+
+def _need_data(data: str | None, what: str) -> DataFacts:
+    if data is None:
+        raise ConfigError(f"{what} needs --data URL, the root that `vitscale ingest` wrote")
+    return read_facts(data)
 
 
 def _is_recorded(tracking: Tracking, site: Site, config: RunConfig) -> bool:

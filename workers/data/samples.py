@@ -70,6 +70,11 @@ class SampleReader:
         self._subset = subset
         self._times = times
         self._store = open_store(index.url)
+        self._closed = False
+
+    def close(self) -> None:
+        """Reads under way end after the request that they are at."""
+        self._closed = True
 
     def read(self, ordinals: Positions) -> list[RawSample]:
         """The samples of ascending `ordinals`, (n,), in that order; neighbours come in one request.
@@ -84,6 +89,8 @@ class SampleReader:
         near = (numbers[1:] == numbers[:-1]) & (rows["offset"][1:] <= ends[:-1] + MAX_GAP_BYTES)
         samples: list[RawSample] = []
         for run in np.split(np.arange(len(wanted)), np.flatnonzero(~near) + 1):
+            if self._closed:
+                raise DataError("the stream was closed")
             samples += self._read_run(int(numbers[run[0]]), wanted[run], rows[run])
         return samples
 

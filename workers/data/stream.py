@@ -1,7 +1,7 @@
 """The global batches of one rank: read, verify, decode, augment, collate, some batches ahead.
 
-Nothing is written to disk, nothing but one window of samples per owned lane is held, and the batches
-depend on the order alone: not on rank, world size, threads, or where a stream was started.
+Nothing is written to disk, no more is held than one window of samples per owned lane or a share of the
+tail, and global batches depend on the order alone: not on world size, threads, or where a stream began.
 """
 
 import concurrent.futures
@@ -202,6 +202,7 @@ class _Lookahead:
         return [self._held.pop(position).result().pop(position) for position in positions]
 
     def close(self) -> None:
+        self._reader.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _fits(self, load: _Load) -> bool:

@@ -197,7 +197,9 @@ def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
 
 def _microbatches(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     size = size or len(batch.labels)
-    yield from zip(batch.images.split(size), batch.labels.split(size), batch.weights.split(size), strict=True)
+    for start in range(0, len(batch.labels), size):
+        part = slice(start, start + size)
+        yield batch.images[part], batch.labels[part], batch.weights[part]
 
 
 def _write_evaluation(events: EventWriter, state: TrainState, result: Evaluation) -> None:

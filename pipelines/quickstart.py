@@ -1,0 +1,300 @@
+"""The whole journey on one machine: services, ingest, pretrain, promote, fine-tune, study, report.
+
+Every stage finds what it has done before, so an interrupted journey goes on where it was.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator.registry import Gate, Version
+from orchestrator.site import Site
+from orchestrator.tracking import Tracking
+from pipelines.finetune import finetune, finetune_config
+from pipelines.ingest import IngestReport, ingest
+from pipelines.pretrain import EXPERIMENT, train
+from pipelines.promote import promote
+from pipelines.recipes import RECIPES, DataFacts, read_facts
+from pipelines.report import Journey, Link, Provenance, Stage, Study, render
+from pipelines.report.collect import (
+    collect_confusion,
+    collect_curve,
+    collect_dataset,
+    collect_probe,
+    collect_rung,
+    collect_score,
+)
+from pipelines.scaling.ladder import RungResult, run_study, small_study
+from pipelines.scaling.ladder import Study as StudyPlan
+from workers.config import RunConfig
+from workers.data.index import DatasetIndex
+from workers.data.transforms import decode
+from workers.errors import ConfigError
+from workers.storage import join_url, open_store
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the journey does with images of a kind."""
+
+    recipe: str
+    high_image_size: int
+    """Pixels per side to fine-tune at."""
+    finetune_epochs: float
+    study_epochs: int
+
+
+PLANS = {
+    "vit-digits": Plan("vit-digits", 16, 20, 20),
+    "vit-cifar10": Plan("vit-cifar10", 48, 1, 2),
+    "vit-photos": Plan("vit-photos", 96, 5, 5),
+}
+PACKAGES = ("vitscale", "torch", "ray", "mlflow", "webdataset", "boto3")
+SMALL_IMAGE = 48
+"""Pixels of the shorter side up to which images count as small."""
+CHANCE_FACTOR = 2.0
+"""The journey's gate: a checkpoint is promoted if it is right this many times as often as guessing."""
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    report: Path
+    mlflow: str
+    accuracy: float
+    """Of the fine-tuned model, on the validation images."""
+
+
+def run_quickstart(
+    directory: Path,
+    data: str,
+    recipe: str | None,
+    console: Console,
+    *,
+    bring_up: Callable[[Path], Site],
+) -> QuickstartResult:
+    """`bring_up` starts the services in a directory and makes this process use them."""
+    if recipe is not None and recipe not in PLANS:
+        raise ConfigError(f"--recipe {recipe}: the journey knows {', '.join(PLANS)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    journal = Journal(directory / "quickstart.json", console)
+
+    with journal.stage("Services") as stage:
+        site = bring_up(directory)
+        stage.summary = "object store, MLflow and Ray, on loopback"
+    tracking = Tracking(site.mlflow, EXPERIMENT)
+
+    with journal.stage("Ingest") as stage:
+        name = data if data == "digits" else Path(data).stem.lower()
+        root = join_url(site.data, name)
+        images = ingest(data, root)
+        stage.summary = _ingested(images)
+    facts = read_facts(root)
+    plan = PLANS[recipe or _choose_recipe(name, facts)]
+    config = RECIPES[plan.recipe](facts)
+
+    with journal.stage("Pretrain") as stage:
+        pretrained = train(site, config, register_as=config.name, label="pretrain", console=console)
+        stage.summary = _trained(config, pretrained)
+        stage.url = tracking.run_page(pretrained.run_id)
+
+    with journal.stage("Promote") as stage:
+        gate = Gate("val_accuracy", CHANCE_FACTOR / len(facts.classes))
+        promotion = promote(site, pretrained.label, "champion", gate)
+        stage.summary = (
+            f"{pretrained.model}@champion is version {promotion.version}: {promotion.value:.1%} accuracy "
+            f"passes the gate's {promotion.minimum:.1%}, and it restores"
+        )
+
+    with journal.stage("Fine-tune high") as stage:
+        high, high_config = _fine_tune(site, pretrained, plan.high_image_size, plan, console)
+        stage.summary = _trained(high_config, high)
+        stage.url = tracking.run_page(high.run_id)
+
+    with journal.stage("Fine-tune low") as stage:
+        low, low_config = _fine_tune(site, pretrained, pretrained.image_size, plan, console)
+        stage.summary = f"the control, as long at the old resolution: {_trained(low_config, low)}"
+        stage.url = tracking.run_page(low.run_id)
+
+    with journal.stage("Study") as stage:
+        study = small_study(facts, config, epochs=plan.study_epochs)
+        results = run_study(site, study, console)
+        stage.summary = f"{len(results)} runs: 3 ViT sizes and a ResNet at 3 data sizes, each from scratch"
+        stage.url = tracking.run_page(tracking.open_run(study.name))
+
+    with journal.stage("Report") as stage:
+        stage.summary = "this page"
+        scores = _Models(pretrained, config, high, high_config, low)
+        journey = _journey(site, tracking, name, scores, study, results, journal, command=_command(data))
+        report = directory / "report.html"
+        report.write_text(render(journey), encoding="utf-8")
+        run_id = tracking.open_run(f"journey-{name}", tags={"vitscale.stage": "journey"})
+        tracking.log_file(run_id, report)
+        tracking.finish(run_id, "FINISHED")
+    return QuickstartResult(report, tracking.run_page(run_id), high.metrics["val_accuracy"])
+
+
+@dataclass(frozen=True)
+class _Models:
+    pretrained: Version
+    config: RunConfig
+    high: Version
+    high_config: RunConfig
+    low: Version
+
+
+def _fine_tune(
+    site: Site, parent: Version, image_size: int, plan: Plan, console: Console
+) -> tuple[Version, RunConfig]:
+    reference = f"{parent.model}@champion"
+    config = finetune_config(site, reference, image_size=image_size, epochs=plan.finetune_epochs)
+    return finetune(site, config, register_as=config.name, console=console), config
+
+
+def _journey(
+    site: Site,
+    tracking: Tracking,
+    name: str,
+    models: _Models,
+    study: StudyPlan,
+    results: list[RungResult],
+    journal: "Journal",
+    *,
+    command: str,
+) -> Journey:
+    pretrained, high, low = models.pretrained, models.high, models.low
+    sizes = f"{pretrained.image_size} to {high.image_size} px"
+    return Journey(
+        title=f"{name}: a Vision Transformer from {sizes}",
+        dataset=collect_dataset(name, models.config),
+        stages=tuple(journal.stages()),
+        provenance=Provenance(
+            model=high.label,
+            lineage=(
+                f"data {models.config.data.fingerprint}",
+                Link(label=f"run {pretrained.run}", url=tracking.run_page(pretrained.run_id)),
+                f"{pretrained.label}, manifest sha256 {pretrained.digest}",
+                Link(label=f"run {high.run}", url=tracking.run_page(high.run_id)),
+                f"{high.label}, manifest sha256 {high.digest}",
+            ),
+            versions=tuple((package, package_version(package)) for package in PACKAGES),
+            hardware=f"{_processor()}, {os.cpu_count()} cores",
+            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            links=(Link(label="MLflow", url=site.mlflow), Link(label="Ray", url=site.ray)),
+            commands=(command,),
+        ),
+        pretrained=collect_score(pretrained, f"pretrained at {pretrained.image_size} px"),
+        finetuned=collect_score(high, f"fine-tuned at {high.image_size} px"),
+        control=collect_score(low, f"fine-tuned as long at {low.image_size} px"),
+        pretrain_curve=collect_curve(site, pretrained, f"pretraining at {pretrained.image_size} px"),
+        finetune_curves=(
+            collect_curve(site, high, f"fine-tuning at {high.image_size} px"),
+            collect_curve(site, low, f"fine-tuning at {low.image_size} px"),
+        ),
+        confusion=collect_confusion(site, high),
+        probes=(
+            collect_probe(pretrained, models.config, f"pretrained, {pretrained.image_size} px"),
+            collect_probe(high, models.high_config, f"fine-tuned, {high.image_size} px"),
+        ),
+        study=Study(
+            name=study.name,
+            rungs=tuple(collect_rung(r, tracking.run_page(r.run_id)) for r in results),
+            url=tracking.run_page(tracking.open_run(study.name)),
+        ),
+    )
+
+
+def _choose_recipe(name: str, facts: DataFacts) -> str:
+    """By the images' size; the digits have a recipe of their own."""
+    if name == "digits":
+        return "vit-digits"
+    index = DatasetIndex.open(facts.validation_url)
+    store = open_store(facts.validation_url)
+    sides = []
+    for number, record in zip(*index.records(0, min(16, index.num_samples)), strict=True):
+        start, length = int(record["image_offset"]), int(record["image_size"])
+        image = decode(store.read_range(index.shards[number].name, start, length), channels=3)
+        sides.append(min(image.size))
+    return "vit-cifar10" if sorted(sides)[len(sides) // 2] <= SMALL_IMAGE else "vit-photos"
+
+
+def _ingested(report: IngestReport) -> str:
+    return (
+        f"{report.num_train:,} training and {report.num_validation:,} validation images of "
+        f"{len(report.classes)} classes in {report.num_shards} shards"
+    )
+
+
+def _trained(config: RunConfig, version: Version) -> str:
+    return (
+        f"{config.model.parameters:,} parameters, {config.train.images:,} images seen at "
+        f"{config.model.image_size} px: {version.metrics['val_accuracy']:.1%} validation accuracy"
+    )
+
+
+def _command(data: str) -> str:
+    return "vitscale quickstart" if data == "digits" else f"vitscale quickstart --data {shlex.quote(data)}"
+
+
+def _processor() -> str:
+    """The processor's name where Linux gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@dataclass
+class StageRecord:
+    name: str
+    summary: str = ""
+    seconds: float = 0.0
+    """Over all attempts."""
+    done: bool = False
+    url: str | None = None
+
+
+class Journal:
+    """How long each stage took, over interruptions; stages find out for themselves what is done."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path = path
+        self._console = console
+        saved = json.loads(path.read_text()) if path.exists() else []
+        self._records = {record["name"]: StageRecord(**record) for record in saved}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[StageRecord]:
+        """The body fills in the record's summary; a stage that was done before keeps its time."""
+        record = self._records.setdefault(name, StageRecord(name))
+        before = record.done
+        self._console.print(f"[bold]{name}[/]" + (" (done before)" if before else ""))
+        start = time.monotonic()
+        try:
+            yield record
+            record.done = True
+        finally:
+            if not before:
+                record.seconds += time.monotonic() - start
+            self._save()
+        self._console.print(f"  {record.summary} ({record.seconds:.0f} s)", markup=False)
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage(name=r.name, summary=r.summary, seconds=r.seconds if r.done else None, url=r.url)
+            for r in self._records.values()
+        ]
+
+    def _save(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(record) for record in self._records.values()], indent=1))
+        temporary.replace(self._path)
