@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from orchestrator.job import JobSpec, read_failure, run_url, write_spec
@@ -29,6 +30,10 @@ class Cluster:
         self._site = site
         try:
             self._client = JobSubmissionClient(site.ray)
+        except AuthenticationError as error:
+            raise DataError(
+                f"Ray at {site.ray} refused the token; name its file in the site's ray_token_file"
+            ) from error
         except (ConnectionError, RuntimeError) as error:
             raise DataError(
                 f"Ray at {site.ray} cannot be reached ({error}); is it up? `vitscale up`"

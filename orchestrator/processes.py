@@ -182,7 +182,7 @@ def end(record: ServiceRecord, patience: float) -> None:
     leaders = {process for process in members if process.pid in pids}
     for targets, number, seconds in (
         (leaders, signal.SIGTERM, patience),
-        (None, signal.SIGTERM, 5.0),
+        (None, signal.SIGTERM, min(patience, 5.0)),
         (None, signal.SIGKILL, 10.0),
     ):
         members |= family(record)
@@ -194,10 +194,10 @@ def end(record: ServiceRecord, patience: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not all(map(_is_gone, targets)):
             time.sleep(0.05)
-    for pid in pids:
+    for process in leaders:
         # Only a child of this very process has to be waited for.
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
+            os.waitpid(process.pid, os.WNOHANG)
     left = [process.pid for process in members | family(record) if not _is_gone(process)]
     if left:
         raise VitscaleError(f"{record.name}: processes {left} do not end; end them by hand")

@@ -156,7 +156,8 @@ def _end_unhealthy(directory: Path, state: State, progress: Progress) -> None:
             time.sleep(0.2)
             healthy = answers(directory, record)
         if not healthy:
-            progress(f"{LABELS[record.name]:<13} was not healthy; starting it again")
+            what = "was not healthy" if record.ready else "was left half-started"
+            progress(f"{LABELS[record.name]:<13} {what}; starting it again")
             _end(directory, state, record.name)
 
 

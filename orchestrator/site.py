@@ -53,7 +53,7 @@ def _path(value: object, info: ValidationInfo) -> object:
 
 ServerUrl = Annotated[str, AfterValidator(_url(r"https?://[^/\s]+", "http://127.0.0.1:8265"))]
 TrackingUrl = Annotated[
-    str, AfterValidator(_url(r"(https?://[^/\s]|sqlite:///).+", "https://mlflow.example:5000"))
+    str, AfterValidator(_url(r"https?://[^/\s]+|sqlite:///[^\s]+", "https://mlflow.example:5000"))
 ]
 StoreUrl = Annotated[
     str, AfterValidator(_url(r"s3://[^/\s]+|file:///[^\s]+", "s3://bucket/prefix or file:///absolute/path"))

@@ -49,7 +49,8 @@ ACCOUNT = "vitscale"
 PLUGIN = Path(__file__).with_name("swift_plugin.py")
 
 # A single device must never be suspended for its errors, and on a machine that trains, half a second to
-# connect (Swift's default) is sometimes too short: an update missed is an object missing from listings.
+# connect (Swift's default) is sometimes too short: an update missed is an object missing from listings. By
+# default Swift has the kernel forget what it read of objects over 5 MB: each epoch would read the disk.
 COMMON_CONF = """\
 [DEFAULT]
 bind_ip = 127.0.0.1
@@ -65,6 +66,8 @@ conn_timeout = 10
 node_timeout = 60
 container_update_timeout = 10
 error_suppression_interval = 0
+keep_cache_private = true
+keep_cache_size = 1000000000000
 
 [pipeline:main]
 pipeline = {pipeline}

@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Directory = Annotated[Path, typer.Option("--dir", help="Where services keep their data and state.")]
@@ -85,9 +85,14 @@ def quickstart(
 
     Example: vitscale quickstart --dir /tmp/try
     """
+    from orchestrator import services
+
+    site = services.up(directory.resolve(), progress=console.print)
+    # Ray reads its authentication mode when it is first imported, so the environment comes before.
+    os.environ.update(site.environment())
     from pipelines.quickstart import run_quickstart
 
-    result = run_quickstart(directory.absolute(), data, recipe, console, bring_up=_bring_up)
+    result = run_quickstart(site, directory.resolve(), data, recipe, console)
     console.print(f"\nReport   {result.report}")
     console.print(f"MLflow   {result.mlflow}")
     console.print(f"Services stay up; `vitscale down --dir {directory}` ends them.")
@@ -111,7 +116,7 @@ def up(
     from orchestrator import services
 
     site = services.up(
-        directory,
+        directory.resolve(),
         s3_port=s3_port,
         mlflow_port=mlflow_port,
         ray_port=ray_port,
@@ -132,7 +137,7 @@ def down(directory: Directory = Path(".vitscale")) -> None:
     """
     from orchestrator import services
 
-    services.down(directory, console.print)
+    services.down(directory.resolve(), console.print)
 
 
 @app.command()
@@ -366,7 +371,10 @@ def scale(
 
 
 def _site(path: Path | None) -> "Site":
-    """The site, with this process's environment set so that boto3, MLflow and Ray find its services."""
+    """The site, with this process's environment set so that boto3, MLflow and Ray find its services.
+
+    Call it before anything imports Ray, which reads its authentication mode at that moment.
+    """
     from orchestrator.site import Site, find_site
 
     site = Site.load(find_site(path))
@@ -379,14 +387,6 @@ def _site_if_any(path: Path | None) -> "Site | None":
     from orchestrator.site import DEFAULT_SITE
 
     return _site(path) if path is not None or DEFAULT_SITE.is_file() else None
-
-
-def _bring_up(directory: Path) -> "Site":
-    from orchestrator import services
-
-    site = services.up(directory, progress=console.print)
-    os.environ.update(site.environment())
-    return site
 
 
 def _progress(as_json: bool) -> Console:

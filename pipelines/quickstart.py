@@ -1,4 +1,4 @@
-"""The whole journey on one machine: services, ingest, pretrain, promote, fine-tune, study, report.
+"""The whole journey on one machine: ingest, pretrain, promote, fine-tune, study, report.
 
 Every stage finds what it has done before, so an interrupted journey goes on where it was.
 """
@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -75,22 +75,12 @@ class QuickstartResult:
 
 
 def run_quickstart(
-    directory: Path,
-    data: str,
-    recipe: str | None,
-    console: Console,
-    *,
-    bring_up: Callable[[Path], Site],
+    site: Site, directory: Path, data: str, recipe: str | None, console: Console
 ) -> QuickstartResult:
-    """`bring_up` starts the services in a directory and makes this process use them."""
+    """`site`'s services are up and this process uses them; journal and report go to `directory`."""
     if recipe is not None and recipe not in PLANS:
         raise ConfigError(f"--recipe {recipe}: the journey knows {', '.join(PLANS)}")
-    directory.mkdir(parents=True, exist_ok=True)
     journal = Journal(directory / "quickstart.json", console)
-
-    with journal.stage("Services") as stage:
-        site = bring_up(directory)
-        stage.summary = "object store, MLflow and Ray, on loopback"
     tracking = Tracking(site.mlflow, EXPERIMENT)
 
     with journal.stage("Ingest") as stage:

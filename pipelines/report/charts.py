@@ -3,17 +3,21 @@
 A chart is 440 units wide: text stays legible on a telephone, and two stand side by side on a desk.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Literal
 
 WIDTH, HEIGHT = 440, 290
 TOP, RIGHT, BOTTOM = 34, 16, 46
 CHARACTER = 6.9
 """Width of a digit at the size of tick labels, in a wide typeface."""
+
+ROWS = (HEIGHT - TOP - BOTTOM) / 19
+"""Tick labels that have room above each other."""
 
 MARKERS = {
     "circle": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
@@ -24,6 +28,9 @@ MARKERS = {
 }
 
 Format = Callable[[float], str]
+Scale = Callable[[float], float]
+"""A value's place in the drawing."""
+Span = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,8 @@ class Axis:
     log: bool = False
     include: tuple[float, ...] = ()
     """Values that the axis reaches whatever the data."""
+    tight: bool = False
+    """Ends where the data does, not at a round number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +64,15 @@ class Series:
 
 def chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str) -> str:
     """SVG, or "" without points; those that a logarithmic axis cannot show are left out, as is NaN."""
-    shown = [_Drawable(one, x, y) for one in series]
-    points = [point for one in shown for point in one.points]
-    if not points:
+    shown = [_visible(one, x, y) for one in series]
+    xs = [value for one in shown for value in one.x]
+    if not xs:
         return ""
-    y_limits = _limits(
-        [p[1] for p in points] + [bound for one in shown for bound in one.bounds()], y, whole=True
-    )
-    y_ticks = _ticks(y_limits, y, room=7.0, size=lambda _: 1.0)
+    ys = [value for one in shown for value in (*one.y, *chain(*one.intervals))]
+    y_limits = _limits(ys, y)
+    y_ticks = _ticks(y_limits, y, room=ROWS, size=lambda _: 1.0)
     left = 10 + CHARACTER * max(len(y.format(tick)) for tick in y_ticks)
-    x_limits = _limits([p[0] for p in points], x, whole=False)
+    x_limits = _limits(xs, x)
     columns = (WIDTH - RIGHT - left) / CHARACTER
     x_ticks = _ticks(x_limits, x, room=columns, size=lambda tick: len(x.format(tick)) + 2.5)
     to_x = _scale(x_limits, x.log, left, WIDTH - RIGHT)
@@ -74,7 +82,7 @@ def chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str) -> str:
         f'<text class="axis" x="0" y="13">{escape(y.label)}</text>',
         f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x.label)}</text>',
         *_grid(x_ticks, y_ticks, x, y, to_x, to_y, left),
-        *(one.draw(to_x, to_y, y_limits) for one in shown),
+        *(_drawn(one, to_x, to_y) for one in shown),
         "</svg>",
     ]
     return "".join(parts)
@@ -101,10 +109,10 @@ def percent(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """1437 → 1437, 20000 → 20k, 2.5e6 → 2.5M."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+    """500, 1.5k, 20k, 2.5M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
+            return f"{value / size:.4g}{letter}"
     return f"{value:g}"
 
 
@@ -116,44 +124,35 @@ def scientific(value: float) -> str:
     return power if number == "1" else f"{number}·{power}"
 
 
-class _Drawable:
-    """A series without the points that the axes cannot show."""
+def _visible(series: Series, x: Axis, y: Axis) -> Series:
+    """Without the points that the axes cannot show."""
+    rows = enumerate(zip(series.x, series.y, strict=True))
+    kept = [i for i, (px, py) in rows if _fits(px, x) and _fits(py, y)]
+    return dataclasses.replace(
+        series,
+        x=[series.x[i] for i in kept],
+        y=[series.y[i] for i in kept],
+        intervals=[series.intervals[i] for i in kept] if series.intervals else (),
+        notes=[series.notes[i] for i in kept] if series.notes else (),
+    )
 
-    def __init__(self, series: Series, x: Axis, y: Axis) -> None:
-        self.series, self.y_log = series, y.log
-        rows = zip(series.x, series.y, strict=True)
-        self.kept = [i for i, row in enumerate(rows) if _fits(row[0], x) and _fits(row[1], y)]
-        self.points = [(series.x[i], series.y[i]) for i in self.kept]
 
-    def bounds(self) -> list[float]:
-        """Ends of the error bars; on a logarithmic axis none below half the point, or bars would fill it."""
-        if not self.series.intervals:
-            return []
-        rows = [(self.series.y[i], *self.series.intervals[i]) for i in self.kept]
-        return [
-            end for value, low, high in rows for end in (max(low, value / 2) if self.y_log else low, high)
-        ]
-
-    def draw(self, to_x: Callable[[float], float], to_y: Callable[[float], float], limits: "_Span") -> str:
-        series = self.series
-        body = ""
-        if series.line and len(self.points) > 1:
-            path = "L".join(f"{to_x(px):.1f},{to_y(py):.1f}" for px, py in self.points)
-            body += f'<path class="line {series.line}" d="M{path}"/>'
-        for i in self.kept if series.intervals else ():
-            low, high = (min(max(end, limits[0]), limits[1]) for end in series.intervals[i])
-            body += f'<path class="bar" d="M{to_x(series.x[i]):.1f},{to_y(low):.1f}V{to_y(high):.1f}"/>'
-        for i in self.kept if series.marker else ():
-            note = f"<title>{escape(series.notes[i])}</title>" if series.notes else ""
-            place = f"translate({to_x(series.x[i]):.1f},{to_y(series.y[i]):.1f})"
+def _drawn(series: Series, to_x: Scale, to_y: Scale) -> str:
+    points = [(f"{to_x(px):.1f}", f"{to_y(py):.1f}") for px, py in zip(series.x, series.y, strict=True)]
+    body = ""
+    if series.line and len(points) > 1:
+        body += f'<path class="line {series.line}" d="M{"L".join(map(",".join, points))}"/>'
+    for (px, _), (low, high) in zip(points, series.intervals, strict=False):
+        body += f'<path class="bar" d="M{px},{to_y(low):.1f}V{to_y(high):.1f}"/>'
+    if series.marker:
+        notes = series.notes or [""] * len(points)
+        for (px, py), note in zip(points, notes, strict=True):
+            title = f"<title>{escape(note)}</title>" if note else ""
             body += (
-                f'<g transform="{place}">{note}<circle class="hit" r="9"/>'
-                f'<path class="marker" d="{MARKERS[series.marker or ""]}"/></g>'
+                f'<g transform="translate({px},{py})">{title}<circle class="hit" r="9"/>'
+                f'<path class="marker" d="{MARKERS[series.marker]}"/></g>'
             )
-        return f'<g class="{series.tone}" style="{_shade(series)}">{body}</g>'
-
-
-_Span = tuple[float, float]
+    return f'<g class="{series.tone}" style="{_shade(series)}">{body}</g>'
 
 
 def _grid(
@@ -161,8 +160,8 @@ def _grid(
     y_ticks: Sequence[float],
     x: Axis,
     y: Axis,
-    to_x: Callable[[float], float],
-    to_y: Callable[[float], float],
+    to_x: Scale,
+    to_y: Scale,
     left: float,
 ) -> Iterable[str]:
     floor = HEIGHT - BOTTOM
@@ -183,13 +182,13 @@ def _fits(value: float, axis: Axis) -> bool:
     return math.isfinite(value) and (value > 0 or not axis.log)
 
 
-def _limits(values: Sequence[float], axis: Axis, *, whole: bool) -> _Span:
-    """What the axis spans: on a logarithmic one a margin at both ends, else the values or `whole` steps."""
+def _limits(values: Sequence[float], axis: Axis) -> Span:
+    """What the axis spans: on a logarithmic one a margin at both ends, else the values or whole steps."""
     low, high = min([*values, *axis.include]), max([*values, *axis.include])
     if axis.log:
         margin = (high / low) ** 0.05 if high > low else 2.0
         return low / margin, high * margin
-    if not whole and low < high:
+    if axis.tight and low < high:
         return low, high
     step = _step(low, high)
     floor, ceiling = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
@@ -203,7 +202,7 @@ def _step(low: float, high: float) -> float:
     return next(unit * m for m in (1, 2, 5, 10) if span / (unit * m) <= 6)
 
 
-def _ticks(limits: _Span, axis: Axis, *, room: float, size: Callable[[float], float]) -> list[float]:
+def _ticks(limits: Span, axis: Axis, *, room: float, size: Callable[[float], float]) -> list[float]:
     """The densest round values of which all labels have room, in the order of the axis."""
     low, high = limits
     choices: list[list[float]] = []
@@ -222,15 +221,15 @@ def _ticks(limits: _Span, axis: Axis, *, room: float, size: Callable[[float], fl
 
 
 def _spread(
-    ticks: Sequence[float], limits: _Span, axis: Axis, room: float, size: Callable[[float], float]
+    ticks: Sequence[float], limits: Span, axis: Axis, room: float, size: Callable[[float], float]
 ) -> bool:
     to = _scale(limits, axis.log, 0.0, room)
     edges = [(to(tick) - size(tick) / 2, to(tick) + size(tick) / 2) for tick in ticks]
     return all(one[1] <= other[0] for one, other in pairwise(edges))
 
 
-def _scale(limits: _Span, log: bool, start: float, end: float) -> Callable[[float], float]:
-    bend: Callable[[float], float] = math.log if log else float
+def _scale(limits: Span, log: bool, start: float, end: float) -> Scale:
+    bend: Scale = math.log if log else float
     low, high = bend(limits[0]), bend(limits[1])
     return lambda value: start + (end - start) * (bend(value) - low) / (high - low)
 

@@ -1,5 +1,6 @@
 """What the model learned, as figure 7 of Dosovitskiy et al. 2021 shows it: filters, positions, distances."""
 
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -10,13 +11,18 @@ from pipelines.report.markup import details_table, figure
 from pipelines.report.pictures import filter_pictures, gradient, similarity_mosaic
 
 
-def learned_section(probes: tuple[Probe, ...]) -> str:
+def learned_section(probes: Sequence[Probe]) -> str:
     if not probes:
         return ""
     blocks = [
-        _row("Patch filters", "filters", [(probe, _filters(probe)) for probe in probes], FILTERS),
-        _row("Where patches are", "mosaic", [(probe, _positions(probe)) for probe in probes], POSITIONS),
-        _row("How far heads look", "", [(probe, _distances(probe)) for probe in probes], DISTANCES),
+        _row("Patch filters", [(probe, _filters(probe)) for probe in probes], FILTERS),
+        _row("Where patches are", [(probe, _positions(probe)) for probe in probes], POSITIONS),
+        _row(
+            "How far heads look",
+            [(probe, _distances(probe)) for probe in probes],
+            DISTANCES,
+            _distance_table(probes),
+        ),
     ]
     return f'<section id="learned"><h2>What the model learned</h2>{"".join(blocks)}</section>'
 
@@ -38,22 +44,12 @@ DISTANCES = (
 )
 
 
-def _row(title: str, kind: str, panels: list[tuple[Probe, str]], caption: str) -> str:
+def _row(title: str, panels: list[tuple[Probe, str]], caption: str, data: str = "") -> str:
     cells = "".join(
         f"<div><h4>{escape(probe.name)} <small>patches of {probe.patch_size} px</small></h4>{html}</div>"
         for probe, html in panels
     )
-    data = ""
-    if title == "How far heads look":
-        rows = [
-            [probe.name, str(block), " ".join(f"{value:.2f}" for value in sorted(heads))]
-            for probe, _ in panels
-            for block, heads in enumerate(probe.attention_distance.tolist(), start=1)
-        ]
-        data = details_table("Distances in pixels", ["Model", "Block", "Heads, nearest first"], rows)
-    return f"<h3>{title}</h3>" + figure(
-        f'<div class="pair {kind}">{cells}</div>', caption, data=data, kind="wide"
-    )
+    return f"<h3>{title}</h3>" + figure(f'<div class="pair">{cells}</div>', caption, data=data)
 
 
 def _filters(probe: Probe) -> str:
@@ -65,12 +61,13 @@ def _filters(probe: Probe) -> str:
 def _positions(probe: Probe) -> str:
     uri, rows, columns, stride = similarity_mosaic(probe.position_similarity)
     height, width = probe.position_similarity.shape[:2]
-    shown = "" if stride == 1 else f", every {stride}. row and column of {height} by {width} positions"
+    shown = "" if stride == 1 else f", one position in {stride} along each side of {height} by {width}"
     label = f"{rows} by {columns} tiles{shown}"
-    low = float(probe.position_similarity.min())
+    # Adding zero turns -0.0 into 0.0.
+    low = f"{round(float(probe.position_similarity.min()), 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
     return (
         f'<img class="positions" src="{uri}" alt="Similarity of position embeddings, {escape(label)}">'
-        f'<div class="colours"><span>{low:.2f}</span><i style="background:{gradient()}"></i><span>1</span>'
+        f'<div class="colours"><span>{low}</span><i style="background:{gradient()}"></i><span>1</span>'
         f"<small>{escape(label)}</small></div>"
     )
 
@@ -108,11 +105,25 @@ def _distances(probe: Probe) -> str:
     )
     drawn = chart(
         [alike, means, dots],
-        x=Axis(label="block", format=_whole, include=(0.5, depth + 0.5)),
-        y=Axis(label="attention distance, pixels", format="{:g}".format, include=(0, probe.image_size)),
+        x=Axis(label="block", format=_whole, include=(0.5, depth + 0.5), tight=True),
+        y=Axis(
+            label=f"attention distance in pixels, of {probe.image_size}",
+            format="{:g}".format,
+            include=(0, probe.image_size),
+            tight=True,
+        ),
         title=f"Attention distance by block, {probe.name}",
     )
     return legend([dots, means, alike]) + drawn
+
+
+def _distance_table(probes: Sequence[Probe]) -> str:
+    rows = [
+        [probe.name, str(block), " ".join(f"{value:.2f}" for value in sorted(heads))]
+        for probe in probes
+        for block, heads in enumerate(probe.attention_distance.tolist(), start=1)
+    ]
+    return details_table("Distances in pixels", ["Model", "Block", "Heads, nearest first"], rows)
 
 
 def uniform_distance(probe: Probe) -> float:

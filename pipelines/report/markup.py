@@ -10,9 +10,9 @@ Cell = str | Link
 """A Link is shown as `linked` does."""
 
 
-def figure(html: str, caption_html: str, *, data: str = "", kind: str = "") -> str:
+def figure(html: str, caption_html: str, *, data: str = "") -> str:
     """`data` is a `details_table` with the numbers behind it."""
-    return f'<figure class="{kind}">{html}<figcaption>{caption_html}</figcaption>{data}</figure>'
+    return f"<figure>{html}<figcaption>{caption_html}</figcaption>{data}</figure>"
 
 
 def details_table(summary: str, header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
@@ -30,7 +30,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]], *, text_columns
 
     body = "".join(row(cells, "td") for cells in rows)
     head = row(header, "th")
-    return f'<div class="scroll" tabindex="0"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    return scrolled(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>")
+
+
+def scrolled(table_html: str) -> str:
+    """In a box of its own, which scrolls where the window is narrower, also by keyboard."""
+    return f'<div class="scroll" role="group" aria-label="table" tabindex="0">{table_html}</div>'
 
 
 def linked(label: str, url: str | None) -> str:
@@ -39,7 +44,7 @@ def linked(label: str, url: str | None) -> str:
         return escape(label)
     if url.lower().startswith(("https://", "http://")):
         return f'<a href="{escape(url)}">{escape(label)}</a>'
-    return f"{escape(label)} <code>{escape(url)}</code>"
+    return f"<code>{escape(url)}</code>" if label == url else f"{escape(label)} <code>{escape(url)}</code>"
 
 
 def _cell(cell: Cell) -> str:
@@ -47,14 +52,23 @@ def _cell(cell: Cell) -> str:
 
 
 def share_text(share: float) -> str:
-    """0.9752 → 97.5 %; with the digits that a few hundred to a few thousand images can tell apart."""
-    return f"{100 * share:.1f}\N{NARROW NO-BREAK SPACE}%"
+    """0.9752 → 97.5%: the digits that a few hundred to a few thousand images can tell apart."""
+    return f"{100 * share:.1f}%"
 
 
 def interval_text(interval: tuple[float, float]) -> str:
-    """(0.953, 0.987) → 95.3–98.7 %."""
+    """(0.953, 0.987) → 95.3–98.7%."""
     low, high = interval
-    return f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}\N{NARROW NO-BREAK SPACE}%"
+    return f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}%"
+
+
+def pixels(size: int) -> str:
+    return f"{size}\N{NO-BREAK SPACE}px"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 size; 3 sizes."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def enumerate_words(words: Sequence[str]) -> str:

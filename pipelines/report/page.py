@@ -3,9 +3,9 @@
 from html import escape
 from importlib import resources
 
-from pipelines.report.journey import Dataset, Journey, Link, Provenance, Stage
+from pipelines.report.journey import Dataset, Journey, Link, Provenance, Score, Stage
 from pipelines.report.learned import learned_section
-from pipelines.report.markup import interval_text, linked, share_text, table
+from pipelines.report.markup import counted, interval_text, linked, pixels, share_text, table
 from pipelines.report.pictures import example
 from pipelines.report.results import (
     accuracy,
@@ -71,27 +71,32 @@ def _headline(journey: Journey) -> str:
         return journey.title
     verb = "Fine-tuned" if journey.finetuned else "Pretrained"
     return (
-        f"{verb} at {score.image_size} px, the model gets {share_text(accuracy(score))} of the "
+        f"{verb} at {pixels(score.image_size)}, the model gets {share_text(accuracy(score))} of the "
         f"validation images right"
     )
 
 
 def _lead(journey: Journey) -> str:
     dataset, pretrained, finetuned = journey.dataset, journey.pretrained, journey.finetuned
-    sentences = [f"The data: {dataset.num_train:,} training images of {dataset.name}, {_classes(dataset)}."]
+    data = f"{dataset.num_train:,} images of {dataset.name} ({_classes(dataset)})"
+    sentences = []
     if pretrained:
         sentences.append(
-            f"Pretrained from scratch at {pretrained.image_size} px, a Vision Transformer reached "
-            f"{share_text(accuracy(pretrained))} (95 % interval {interval_text(interval(pretrained))})."
+            f"Pretrained from scratch at {pixels(pretrained.image_size)} on {data}, a Vision Transformer "
+            f"reached {_said(pretrained)}."
         )
     if finetuned:
-        sentences.append(
-            f"Fine-tuning at {finetuned.image_size} px brought it to {share_text(accuracy(finetuned))} "
-            f"({interval_text(interval(finetuned))})."
-        )
+        who = "it" if pretrained else "a Vision Transformer"
+        sentences.append(f"Fine-tuned at {pixels(finetuned.image_size)}, {who} reached {_said(finetuned)}.")
+    if not sentences:
+        sentences.append(f"The data: {data}.")
     if finetuned and journey.control:
         sentences.append(comparison(finetuned, journey.control))
     return " ".join(sentences)
+
+
+def _said(score: Score) -> str:
+    return f"{share_text(accuracy(score))} (95% interval {interval_text(interval(score))})"
 
 
 def _classes(dataset: Dataset) -> str:
@@ -106,9 +111,25 @@ def _stages(stages: tuple[Stage, ...]) -> str:
         f"<small>{'' if stage.seconds is None else duration(stage.seconds)}</small></li>"
         for stage in stages
     )
-    total = sum(stage.seconds for stage in stages if stage.seconds is not None)
-    took = f"<p>{len(stages)} stages, {duration(total)} in all.</p>" if total else ""
-    return f'<section id="journey"><h2>The journey</h2>{took}<ol class="stages">{items}</ol></section>'
+    return (
+        f'<section id="journey"><h2>The journey</h2>{_times(stages)}<ol class="stages">{items}</ol></section>'
+    )
+
+
+def _times(stages: tuple[Stage, ...]) -> str:
+    """How long it took, and a bar divided as the time was; numbered where a number has room."""
+    total = sum(stage.seconds or 0 for stage in stages)
+    if not total:
+        return ""
+    parts = []
+    for number, stage in enumerate(stages, start=1):
+        if stage.seconds:
+            share = stage.seconds / total
+            note = escape(f"{number}. {stage.name}: {duration(stage.seconds)}")
+            mark = number if share > 0.05 else ""
+            parts.append(f'<i style="flex-grow:{share:.4f}" title="{note}">{mark}</i>')
+    said = f"<p>{counted(len(stages), 'stage')}, {duration(total)} in all.</p>"
+    return f'{said}<div class="times" aria-hidden="true">{"".join(parts)}</div>'
 
 
 def _data(dataset: Dataset) -> str:

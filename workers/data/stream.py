@@ -64,7 +64,8 @@ class TrainStream:
         prefetch_batches: int,
         decode_threads: int = 1,
     ) -> None:
-        """Threads beyond one pay from some 64 x 64 pixels on; below that the interpreter is the limit."""
+        """`subset` is what `order` runs over, if not the whole index. More `decode_threads` serve
+        photographs, whose decoding frees the interpreter; for 32 x 32 pixels that is the limit."""
         if global_batch_size % order.lanes:
             raise ConfigError(
                 f"train.global_batch_size {global_batch_size} is not a multiple of data.lanes {order.lanes}"
