@@ -117,7 +117,11 @@ class Site(BaseModel):
         Where the site names a credentials file or a token file, variables that would take precedence over it
         are set empty: keys for AWS that lie in a user's shell do not reach the local object store.
         """
-        environment = {"MLFLOW_TRACKING_URI": self.mlflow, "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false"}
+        environment = {
+            "MLFLOW_TRACKING_URI": self.mlflow,
+            "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        }
         region = self.s3_region
         if self.s3_endpoint is not None:
             region = region or "us-east-1"

@@ -28,11 +28,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+"""What typer exits with after Ctrl-C."""
 
 Directory = Annotated[Path, typer.Option("--dir", help="Where services keep their data and state.")]
 SiteFile = Annotated[
@@ -57,9 +60,10 @@ def main() -> None:
         _fail(error, 2)
     except VitscaleError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to go on")
-        sys.exit(130)
+    except SystemExit as leave:
+        if leave.code == INTERRUPTED:
+            errors.print("interrupted; the same command again goes on from here")
+        raise
 
 
 def _fail(error: VitscaleError, code: int) -> None:
@@ -79,6 +83,9 @@ def quickstart(
     recipe: Annotated[
         str | None, typer.Option(help="Recipe to pretrain; by default one that fits the images' size.")
     ] = None,
+    effort: Annotated[
+        float, typer.Option(help="Scales all training durations; 0.1 gives a first look, not a good model.")
+    ] = 1.0,
 ) -> None:
     """The whole journey on this machine, with every service embedded: ingest, pretrain, promote, fine-tune
     at a higher resolution, study scale, report. Interrupted, the same command goes on where it was.
@@ -92,7 +99,7 @@ def quickstart(
     os.environ.update(site.environment())
     from pipelines.quickstart import run_quickstart
 
-    result = run_quickstart(site, directory.resolve(), data, recipe, console)
+    result = run_quickstart(site, directory.resolve(), data, recipe, effort, console)
     console.print(f"\nReport   {result.report}")
     console.print(f"MLflow   {result.mlflow}")
     console.print(f"Services stay up; `vitscale down --dir {directory}` ends them.")
@@ -259,7 +266,7 @@ def finetune(
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a registered checkpoint at another resolution, its position embeddings resampled bicubically.
+    """Fine-tune a registered checkpoint at another resolution; position embeddings are resampled bicubically.
 
     Example: vitscale finetune vit-digits@champion --image-size 16
     """
@@ -342,8 +349,8 @@ def promote(
         typer.echo(json.dumps(asdict(promotion)))
         return
     console.print(
-        f"{model}@{to} is version {promotion.version} ({promotion.metric} {promotion.value:.4f}, "
-        f"restore test passed)"
+        f"{model}@{to} is version {promotion.version}: {promotion.metric} {promotion.value:.4f}, "
+        "restore test passed"
     )
 
 
@@ -354,7 +361,9 @@ def scale(
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a ladder of model sizes and data sizes, ViT and ResNet, and fit power laws. Finished runs are kept.
+    """Train a ladder of model sizes and data sizes, ViT and ResNet, and fit power laws.
+
+    Runs that are finished are not trained again.
 
     Example: vitscale scale small --data s3://vitscale/digits
     """

@@ -10,7 +10,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -45,19 +45,25 @@ from workers.storage import join_url, open_store
 
 @dataclass(frozen=True)
 class Plan:
-    """What the journey does with images of a kind."""
+    """What the journey does with images of a kind; durations in epochs."""
 
     recipe: str
+    pretrain: float
     high_image_size: int
     """Pixels per side to fine-tune at."""
-    finetune_epochs: float
-    study_epochs: int
+    finetune: float
+    study: float
+
+    def scaled(self, effort: float) -> "Plan":
+        return replace(
+            self, pretrain=effort * self.pretrain, finetune=effort * self.finetune, study=effort * self.study
+        )
 
 
 PLANS = {
-    "vit-digits": Plan("vit-digits", 16, 20, 20),
-    "vit-cifar10": Plan("vit-cifar10", 48, 1, 2),
-    "vit-photos": Plan("vit-photos", 96, 5, 5),
+    "vit-digits": Plan("vit-digits", 60, 16, 20, 20),
+    "vit-cifar10": Plan("vit-cifar10", 8, 48, 1, 2),
+    "vit-photos": Plan("vit-photos", 20, 96, 5, 5),
 }
 PACKAGES = ("vitscale", "torch", "ray", "mlflow", "webdataset", "boto3")
 SMALL_IMAGE = 48
@@ -75,9 +81,11 @@ class QuickstartResult:
 
 
 def run_quickstart(
-    site: Site, directory: Path, data: str, recipe: str | None, console: Console
+    site: Site, directory: Path, data: str, recipe: str | None, effort: float, console: Console
 ) -> QuickstartResult:
     """`site`'s services are up and this process uses them; journal and report go to `directory`."""
+    if not 0 < effort <= 100:
+        raise ConfigError(f"--effort {effort}: expected a number above 0 and at most 100")
     if recipe is not None and recipe not in PLANS:
         raise ConfigError(f"--recipe {recipe}: the journey knows {', '.join(PLANS)}")
     journal = Journal(directory / "quickstart.json", console)
@@ -89,8 +97,8 @@ def run_quickstart(
         images = ingest(data, root)
         stage.summary = _ingested(images)
     facts = read_facts(root)
-    plan = PLANS[recipe or _choose_recipe(name, facts)]
-    config = RECIPES[plan.recipe](facts)
+    plan = PLANS[recipe or _choose_recipe(name, facts)].scaled(effort)
+    config = RECIPES[plan.recipe](facts, epochs=plan.pretrain)
 
     with journal.stage("Pretrain") as stage:
         pretrained = train(site, config, register_as=config.name, label="pretrain", console=console)
@@ -116,7 +124,7 @@ def run_quickstart(
         stage.url = tracking.run_page(low.run_id)
 
     with journal.stage("Study") as stage:
-        study = small_study(facts, config, epochs=plan.study_epochs)
+        study = small_study(facts, config, epochs=plan.study)
         results = run_study(site, study, console)
         stage.summary = f"{len(results)} runs: 3 ViT sizes and a ResNet at 3 data sizes, each from scratch"
         stage.url = tracking.run_page(tracking.open_run(study.name))
@@ -124,7 +132,9 @@ def run_quickstart(
     with journal.stage("Report") as stage:
         stage.summary = "this page"
         scores = _Models(pretrained, config, high, high_config, low)
-        journey = _journey(site, tracking, name, scores, study, results, journal, command=_command(data))
+        journey = _journey(
+            site, tracking, name, scores, study, results, journal, command=_command(data, effort)
+        )
         report = directory / "report.html"
         report.write_text(render(journey), encoding="utf-8")
         run_id = tracking.open_run(f"journey-{name}", tags={"vitscale.stage": "journey"})
@@ -146,7 +156,7 @@ def _fine_tune(
     site: Site, parent: Version, image_size: int, plan: Plan, console: Console
 ) -> tuple[Version, RunConfig]:
     reference = f"{parent.model}@champion"
-    config = finetune_config(site, reference, image_size=image_size, epochs=plan.finetune_epochs)
+    config = finetune_config(site, reference, image_size=image_size, epochs=plan.finetune)
     return finetune(site, config, register_as=config.name, console=console), config
 
 
@@ -231,8 +241,11 @@ def _trained(config: RunConfig, version: Version) -> str:
     )
 
 
-def _command(data: str) -> str:
-    return "vitscale quickstart" if data == "digits" else f"vitscale quickstart --data {shlex.quote(data)}"
+def _command(data: str, effort: float) -> str:
+    words = ["vitscale", "quickstart"]
+    words += [] if data == "digits" else ["--data", data]
+    words += [] if effort == 1 else ["--effort", f"{effort:g}"]
+    return shlex.join(words)
 
 
 def _processor() -> str:

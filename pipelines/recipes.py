@@ -3,9 +3,9 @@
 Each says where its numbers come from. Durations are given in epochs here and become images seen.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from workers.config import (
     AugmentConfig,
@@ -35,7 +35,8 @@ class DataFacts:
     classes: tuple[str, ...]
 
 
-Recipe = Callable[[DataFacts], RunConfig]
+class Recipe(Protocol):
+    def __call__(self, data: DataFacts, *, epochs: float = ...) -> RunConfig: ...
 
 
 def read_facts(root: str) -> DataFacts:
@@ -53,13 +54,13 @@ def read_facts(root: str) -> DataFacts:
     )
 
 
-def vit_digits(data: DataFacts, *, epochs: int = 60) -> RunConfig:
+def vit_digits(data: DataFacts, *, epochs: float = 60) -> RunConfig:
     """A toy ViT on 8 px handwritten digits: seconds per epoch on two cores.
 
     Settings found by hand on the digits; crops are mild, since a digit's place in the frame matters, and
     there are no flips, since a mirrored 2 is no 2.
     """
-    images = epochs * data.num_images
+    images = _images(epochs, data)
     return RunConfig(
         name="vit-digits",
         model=ModelConfig(
@@ -71,12 +72,12 @@ def vit_digits(data: DataFacts, *, epochs: int = 60) -> RunConfig:
     )
 
 
-def vit_cifar10(data: DataFacts, *, epochs: int = 8) -> RunConfig:
+def vit_cifar10(data: DataFacts, *, epochs: float = 8) -> RunConfig:
     """A small ViT with patches of 4 px on 32 px images, sized for a few epochs on two cores.
 
     Crops as wide as DeiT's would leave little of a 32 px image, so they keep at least a third of it.
     """
-    images = epochs * data.num_images
+    images = _images(epochs, data)
     return RunConfig(
         name="vit-cifar10",
         model=ModelConfig(size="digits-l", image_size=32, patch_size=4, num_classes=len(data.classes)),
@@ -86,9 +87,9 @@ def vit_cifar10(data: DataFacts, *, epochs: int = 8) -> RunConfig:
     )
 
 
-def vit_photos(data: DataFacts, *, epochs: int = 20) -> RunConfig:
+def vit_photos(data: DataFacts, *, epochs: float = 20) -> RunConfig:
     """A small ViT with patches of 8 px on photographs at 64 px: what two cores can pretrain in minutes."""
-    images = epochs * data.num_images
+    images = _images(epochs, data)
     return RunConfig(
         name="vit-photos",
         model=ModelConfig(size="digits-xl", image_size=64, patch_size=8, num_classes=len(data.classes)),
@@ -98,9 +99,9 @@ def vit_photos(data: DataFacts, *, epochs: int = 20) -> RunConfig:
     )
 
 
-def vit_digits_ti16(data: DataFacts, *, epochs: int = 20) -> RunConfig:
+def vit_digits_ti16(data: DataFacts, *, epochs: float = 20) -> RunConfig:
     """ViT-Ti/16 on the digits enlarged to 64 px: the real architecture, some minutes on two cores."""
-    images = epochs * data.num_images
+    images = _images(epochs, data)
     return RunConfig(
         name="vit-ti16-digits",
         model=ModelConfig(size="ti", image_size=64, patch_size=16, channels=1, num_classes=len(data.classes)),
@@ -110,12 +111,12 @@ def vit_digits_ti16(data: DataFacts, *, epochs: int = 20) -> RunConfig:
     )
 
 
-def vit_in1k(size: str, data: DataFacts, *, epochs: int = 90) -> RunConfig:
+def vit_in1k(size: str, data: DataFacts, *, epochs: float = 90) -> RunConfig:
     """ViT-*/16 at 224 px, the optimiser of "Better plain ViT baselines" (Beyer et al. 2022, section 2).
 
     Batch 1024, learning rate 1e-3, weight decay 1e-4, 10,000 steps of warm-up, Inception crops and flips.
     """
-    images = epochs * data.num_images
+    images = _images(epochs, data)
     return RunConfig(
         name=f"vit-{size}16-in1k",
         model=ModelConfig(size=size, image_size=224, patch_size=16, num_classes=len(data.classes)),
@@ -148,7 +149,7 @@ def fine_tune(
     A tenth of the parent's learning rate, no weight decay, the parent's crops; cosine to zero after a short
     warm-up (Dosovitskiy et al. 2021, table 4 and appendix B.1.1, with AdamW for its SGD).
     """
-    images = max(1, round(epochs * data.num_images))
+    images = _images(epochs, data)
     optim = parent.optim.model_copy(
         update={
             "learning_rate": parent.optim.learning_rate / 10,
@@ -168,6 +169,10 @@ def fine_tune(
         init=init,
         compute=parent.compute,
     )
+
+
+def _images(epochs: float, data: DataFacts) -> int:
+    return max(1, round(epochs * data.num_images))
 
 
 def _data(data: DataFacts, augment: AugmentConfig, lanes: int = 8) -> DataConfig:

@@ -274,7 +274,9 @@ def test_curves_without_values_are_left_out(journey):
     diverged = Curve(name="run", images_seen=(1, 2, 3), loss=(1.0, math.nan, math.inf))
     html = render(dataclasses.replace(journey, pretrain_curve=diverged, finetune_curves=()))
     assert 'id="training"' in html
-    assert "nan" not in re.sub(r"<style>.*?</style>", "", html, flags=re.S).replace("finance", "")
+    charts = "".join(re.findall(r'<svg class="chart".*?</svg>', html))
+    assert charts
+    assert not re.search("nan|inf", charts)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 25, 26, 200])
@@ -312,9 +314,6 @@ def test_comparison_claims_only_what_intervals_allow():
 
 def test_verdict_names_the_data_sizes_where_each_family_wins():
     assert verdict_sentence(RUNGS) == (
-        "The ResNet is better with 180 training images; with 480 training images ViT and ResNet are not "
-        "distinguishable; the ViT is better with 1,437 training images."
-    ) or verdict_sentence(RUNGS) == (
         "The ResNet is better with 180 training images; the ViT is better with 1,437 training images; "
         "with 480 training images ViT and ResNet are not distinguishable."
     )
@@ -408,7 +407,8 @@ def test_mosaic_shows_each_position_and_thins_large_grids():
     bright, dark = [[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in (VIRIDIS[-1], VIRIDIS[0])]
     assert image[0, 0].tolist() == [*bright, 255]
     assert image[-1, -1].tolist() == [*bright, 255]
-    assert image[-1, 0].tolist() == [*dark, 255]
+    assert image[-1, 0].tolist() == [*bright, 255]
+    assert image[0, 40].tolist() == image[40, 0].tolist() == [*dark, 255]
     assert (image[..., 3] == 0).any()
     assert similarity_mosaic(np.zeros((14, 14, 14, 14)))[1:] == (7, 7, 2)
     assert similarity_mosaic(np.zeros((24, 24, 24, 24)))[1:] == (8, 8, 3)

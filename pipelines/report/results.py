@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +76,9 @@ def comparison(finetuned: Score, control: Score) -> str:
 
 
 def curves_section(journey: Journey) -> str:
-    runs = [[("pretrain", journey.pretrain_curve)]] if journey.pretrain_curve else []
+    panels = [("Pretraining", [("pretrain", journey.pretrain_curve)])] if journey.pretrain_curve else []
     if journey.finetune_curves:
-        tones = ("high", "control") * len(journey.finetune_curves)
-        runs.append(list(zip(tones, journey.finetune_curves, strict=False)))
-    panels = [(title, run) for title, run in zip(_panel_titles(journey), runs, strict=True) if run]
+        panels.append(("Fine-tuning", list(zip(cycle(("high", "control")), journey.finetune_curves))))
     figures = []
     for label, pick, form in (("Loss", _losses, "{:g}".format), ("Accuracy", _accuracies, percent)):
         parts = [[s for tone, curve in run for s in pick(tone, curve)] for _, run in panels]
@@ -132,10 +131,6 @@ def _score_row(tone: str, score: Score, span: tuple[float, float]) -> str:
         f'<i class="dot" style="left:{place(value)}"></i></div>'
         f'<div class="value">{share_text(value)}<small>{interval_text((low, high))}</small></div></div>'
     )
-
-
-def _panel_titles(journey: Journey) -> list[str]:
-    return ["Pretraining"] * bool(journey.pretrain_curve) + ["Fine-tuning"] * bool(journey.finetune_curves)
 
 
 def _panel(title: str, series: list[Series], y: Axis) -> str:

@@ -98,8 +98,8 @@ def _families(rungs: Sequence[Rung]) -> str:
     rows = [
         [
             f"{num_samples:,}",
-            f"{vit.size}: {share_text(vit.errors / vit.total)} ({interval_text(interval(vit))})",
-            f"{resnet.size}: {share_text(resnet.errors / resnet.total)} ({interval_text(interval(resnet))})",
+            f"{vit.size}: {_error_text(vit)}",
+            f"{resnet.size}: {_error_text(resnet)}",
             NAMES[better] if better else "not distinguishable",
         ]
         for num_samples, vit, resnet, better in verdicts(rungs)
@@ -117,31 +117,31 @@ def _families(rungs: Sequence[Rung]) -> str:
 def _rung_table(rungs: Sequence[Rung]) -> tuple[list[str], list[list[Cell]]]:
     header = [
         "Model",
-        "Size",
         "Training images",
         "Images seen",
         "Parameters",
-        "FLOPs / image",
+        "FLOPs per image",
         "Errors",
-        "Error",
-        "95% interval",
+        "Error (95% interval)",
         "Loss",
         "Run",
     ]
     rows: list[list[Cell]] = [
         [
-            NAMES[rung.family],
-            rung.size,
+            f"{NAMES[rung.family]} {rung.size}",
             f"{rung.num_samples:,}",
             f"{rung.images_seen:,}",
             f"{rung.parameters:,}",
             scientific(rung.flops_per_image),
             f"{rung.errors:,} of {rung.total:,}",
-            share_text(rung.errors / rung.total),
-            interval_text(interval(rung)),
+            _error_text(rung),
             f"{rung.val_loss:.4f}",
             Link(label=rung.run, url=rung.url) if rung.url else rung.run,
         ]
         for rung in rungs
     ]
     return header, rows
+
+
+def _error_text(rung: Rung) -> str:
+    return f"{share_text(rung.errors / rung.total)} ({interval_text(interval(rung))})"

@@ -66,16 +66,16 @@ def read_study(text: str, data: str | None) -> Study:
     return study.model_copy(update={"base": resolve(study.base)})
 
 
-def small_study(data: DataFacts, base: RunConfig | None = None, *, epochs: int = 20) -> Study:
+def small_study(data: DataFacts, base: RunConfig | None = None, *, epochs: float = 20) -> Study:
     """Three toy ViTs and the smallest ResNet, on an eighth, a third and all of the images; one worker a run.
 
     `base` is the recipe whose resolution and augmentation the rungs share, by default that of the digits.
     Every rung sees `epochs` times the whole data set's number of images.
     """
     recipe = base or vit_digits(data)
-    images = epochs * data.num_images
+    images = max(1, round(epochs * data.num_images))
     train = recipe.train.model_copy(
-        update={"images": images, "eval_every_images": images, "checkpoint_every_images": images // 2}
+        update={"images": images, "eval_every_images": images, "checkpoint_every_images": max(1, images // 2)}
     )
     optim = recipe.optim.model_copy(update={"warmup_images": images // 10})
     compute = recipe.compute.model_copy(update={"workers": 1})

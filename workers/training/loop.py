@@ -81,6 +81,7 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
         channels=config.model.channels,
         augment=config.data.augment,
         prefetch_batches=config.compute.prefetch_batches,
+        decode_threads=_decode_threads(config),
     )
     meter = Meter(device)
     result: Evaluation | None = None
@@ -141,6 +142,11 @@ def _make_order(config: RunConfig, data: DatasetIndex) -> tuple[Order, Positions
         window_chunks=part.window_chunks,
     )
     return order, samples
+
+
+def _decode_threads(config: RunConfig) -> int:
+    """One per core; below some 64 px the interpreter is the limit and more threads only slow it down."""
+    return config.compute.cpus_per_worker if config.model.image_size >= 64 else 1
 
 
 def _initial_model(config: RunConfig) -> nn.Module:

@@ -1,0 +1,44 @@
+# Every target sets up what it needs (a virtual environment, pinned packages) and then does its job.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup quickstart check test test-fast down clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## the virtual environment with pinned packages
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== installing into $(VENV), a minute or two"
+	$(PYTHON) -c 'import sys; sys.exit("vitscale needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+quickstart: $(READY)  ## the whole journey on this machine: images to report
+	$(BIN)/vitscale quickstart
+
+down: $(READY)  ## end the services that the quickstart left running
+	$(BIN)/vitscale down
+
+check: $(READY)  ## format, lint, types
+	@echo "== ruff, mypy"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check  ## check, then all tests
+	@echo "== pytest"
+	$(BIN)/pytest
+
+test-fast: check  ## check, then the tests that start no services: about a minute
+	@echo "== pytest, without services"
+	$(BIN)/pytest -m "not services"
+
+clean: $(READY)  ## end the services and delete the virtual environment; data in .vitscale stays
+	$(BIN)/vitscale down
+	rm -rf $(VENV)
