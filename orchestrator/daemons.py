@@ -17,14 +17,13 @@ from orchestrator.processes import (
     Progress,
     ServiceName,
     ServiceRecord,
-    base_environment,
     http_status,
     is_alive,
-    run,
     write_file,
 )
 from orchestrator.site import Site
 from workers.errors import ConfigError
+from workers.storage import ensure_bucket
 
 Ports = Mapping[ServiceName, dict[str, int]]
 
@@ -39,16 +38,6 @@ INTERNAL_PORTS: dict[ServiceName, tuple[str, ...]] = {
     "ray": ("gcs", "client", "agent"),
 }
 DATA_BUCKET, ARTIFACT_BUCKET = "s3://vitscale", "s3://mlflow"
-CREATE_BUCKETS = """\
-import sys
-from workers.errors import VitscaleError
-from workers.storage import ensure_bucket
-try:
-    for url in sys.argv[1:]:
-        ensure_bucket(url)
-except VitscaleError as error:
-    sys.exit(str(error))
-"""
 OBJECT_STORE_MEMORY = 300_000_000
 """Bytes of shared memory for Ray's objects; images and checkpoints do not go through them."""
 DRAIN_SECONDS = 10
@@ -134,10 +123,8 @@ def answers(directory: Path, record: ServiceRecord) -> bool:
 
 
 def create_buckets(site: Site) -> None:
-    """In a process of its own: the AWS variables of this one may be those of another store."""
-    command = [sys.executable, "-P", "-c", CREATE_BUCKETS, DATA_BUCKET, ARTIFACT_BUCKET]
-    failure = f"the buckets {DATA_BUCKET} and {ARTIFACT_BUCKET} cannot be made on {site.s3_endpoint}"
-    run(command, base_environment() | site.environment(), failure)
+    for url in (DATA_BUCKET, ARTIFACT_BUCKET):
+        ensure_bucket(url, environment=os.environ | site.environment())
 
 
 def running_cpus(record: ServiceRecord | None) -> int | None:

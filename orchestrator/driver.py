@@ -54,23 +54,26 @@ def run_job(spec: JobSpec) -> None:
         raise DataError(f"{spec.runs} cannot hold runs: {problem}; use file:// or another S3 server for runs")
     tracking = Tracking(spec.mlflow, spec.experiment)
     parent = tracking.open_run(spec.parent) if spec.parent else None
-    run_ids = {}
+    run_ids: dict[str, str] = {}
     for config in spec.configs:
         run_ids[config.run] = tracking.open_run(config.run, parent=parent, tags=spec.tags)
         tracking.log_config(run_ids[config.run], config)
+    everything = [*run_ids.values(), *([parent] if parent else [])]
     drains = _Drains(tracking, spec, run_ids)
     try:
         with drains:
             _fit_all(spec)
     except VitscaleError:
-        for run_id in run_ids.values():
+        for run_id in everything:
             tracking.finish(run_id, "FAILED")
         raise
     drains.finish()
-    for config in spec.configs:
-        if spec.register_as:
-            Registry(tracking.client, spec.runs).register(spec.register_as, config, run_ids[config.run])
-        tracking.finish(run_ids[config.run], "FINISHED")
+    if spec.register_as:
+        registry = Registry(tracking.client, spec.runs)
+        for config in spec.configs:
+            registry.register(spec.register_as, config, run_ids[config.run])
+    for run_id in everything:
+        tracking.finish(run_id, "FINISHED")
 
 
 def _fit_all(spec: JobSpec) -> None:

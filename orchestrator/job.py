@@ -6,8 +6,10 @@ same fixed command with that digest, so nothing that a person typed ever reaches
 
 import hashlib
 import json
+import re
+from typing import Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from workers.config import Part, RunConfig, explain
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
@@ -32,12 +34,25 @@ class JobSpec(Part):
     register_as: str | None = None
     """Name of the registered model whose next version the run's result becomes."""
 
+    @model_validator(mode="after")
+    def _can_be_registered(self) -> Self:
+        # Now, and not when the training is done.
+        if self.register_as is not None:
+            check_name(self.register_as, "model")
+        return self
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+
+
+def check_name(name: str, what: str) -> None:
+    """Names end up in keys of the store, in URLs and in MLflow's queries."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
 
 
 def run_url(runs: str, config: RunConfig) -> str:

@@ -4,6 +4,7 @@ The truth about aliases is the create-once log `promotions/<model>/<seq>.json` i
 alias follows it. MLflow alone would let the last writer win without a word.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.job import run_url
+from orchestrator.job import check_name, run_url
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.storage import AlreadyExists, NotFound, join_url, open_store
@@ -26,6 +27,8 @@ from workers.training.restore import restore_test
 DIGEST_TAG = "vitscale.manifest_sha256"
 LOCAL = "vitscale-"
 """Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
+PAGE = 1000
+"""Versions per answer."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +97,27 @@ class Registry:
                 return version
         manifest_url = join_url(url, head.manifest)
         _, manifest = open_manifest(manifest_url, head.digest)
-        self._ensure_model(model)
-        created = self._client.create_model_version(
-            model,
-            source=_to_source(manifest_url),
-            run_id=run_id,
-            tags=_tags(config, manifest, head.digest),
-        )
+        with _mlflow_errors():
+            self._ensure_model(model)
+            created = self._client.create_model_version(
+                model,
+                source=_to_source(manifest_url),
+                run_id=run_id,
+                tags=_tags(config, manifest, head.digest),
+            )
         return _from_mlflow(created)
 
     def versions(self, model: str | None = None) -> list[Version]:
         """Oldest first; of one model, or of all."""
+        if model:
+            check_name(model, "model")
         query = f"name = '{model}'" if model else ""
-        try:
-            found = list(self._client.search_model_versions(query, max_results=1000))
-        except MlflowException as error:
-            raise DataError(
-                f"MLflow cannot be asked for models ({error}); is it up? `vitscale up`"
-            ) from error
+        with _mlflow_errors():
+            page = self._client.search_model_versions(query, max_results=PAGE)
+            found = list(page)
+            while page.token:
+                page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
+                found += page
         ours = [_from_mlflow(version) for version in found if DIGEST_TAG in version.tags]
         return sorted(ours, key=lambda v: (v.model, v.version))
 
@@ -151,21 +157,26 @@ class Registry:
         seq = 0
         while True:
             try:
-                yield Promotion(**json.loads(self._store.read(_promotion_key(model, seq))))
+                data = self._store.read(_promotion_key(model, seq))
             except NotFound:
                 return
+            try:
+                yield Promotion(**json.loads(data))
+            except (ValueError, TypeError):
+                where = join_url(self._store.url, _promotion_key(model, seq))
+                raise CheckpointError(f"{where} is damaged; restore it from a copy") from None
             seq += 1
 
     def promote(self, version: Version, alias: str, gate: Gate) -> Promotion:
         """Move the alias through the gate; the gate is asked again whenever another promotion came first."""
-        check_name(alias, "alias")
+        check_alias(alias)
         while True:
             history = list(self.promotions(version.model))
             holder = next((p for p in reversed(history) if p.alias == alias), None)
-            if holder is not None and holder.digest == version.digest:
-                self._follow(holder)
-                return holder
             value = _pass_gate(version, gate)
+            if holder is not None and holder.digest == version.digest:
+                self._follow(version.model, alias)
+                return holder
             promotion = Promotion(
                 seq=len(history),
                 model=version.model,
@@ -185,12 +196,16 @@ class Registry:
                 self._store.create(_promotion_key(version.model, promotion.seq), record)
             except AlreadyExists:
                 continue
-            self._follow(promotion)
+            self._follow(version.model, alias)
             return promotion
 
-    def _follow(self, promotion: Promotion) -> None:
-        """MLflow's alias becomes what the log says."""
-        self._client.set_registered_model_alias(promotion.model, promotion.alias, str(promotion.version))
+    def _follow(self, model: str, alias: str) -> None:
+        """MLflow's alias becomes what the log says, whoever else promotes at the same time."""
+        followed = None
+        while (holder := self.aliases(model)[alias]) != followed:
+            with _mlflow_errors():
+                self._client.set_registered_model_alias(model, alias, str(holder.version))
+            followed = holder
 
     def _ensure_model(self, model: str) -> None:
         try:
@@ -200,16 +215,19 @@ class Registry:
                 raise
 
 
-def check_name(name: str, what: str) -> None:
-    """Names end up in keys of the store, in URLs and in MLflow's queries."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
+def check_alias(alias: str) -> None:
+    """What MLflow takes, asked before the log has an entry that MLflow cannot follow."""
+    check_name(alias, "alias")
+    if "." in alias or re.fullmatch(r"(?i)latest|v\d+", alias):
+        raise ConfigError(f"alias name {alias!r}: without '.', and neither 'latest' nor 'v' and a number")
 
 
 def _pass_gate(version: Version, gate: Gate) -> float:
-    value = version.metrics.get(gate.metric)
+    # Anybody may edit the metrics that MLflow shows; the manifest's are under its digest.
+    _, manifest = open_manifest(version.manifest, version.digest)
+    value = manifest.metrics.get(gate.metric)
     if value is None:
-        raise ConfigError(f"{version.label} has no metric {gate.metric!r}; it has {_list(version.metrics)}")
+        raise ConfigError(f"{version.label} has no metric {gate.metric!r}; it has {_list(manifest.metrics)}")
     if not value >= gate.minimum:
         raise CheckpointError(
             f"{version.label} was not promoted: {gate.metric} {value:.4f} is below the gate's {gate.minimum}"
@@ -246,6 +264,14 @@ def _from_mlflow(version: ModelVersion) -> Version:
             if name.startswith("metric.")
         },
     )
+
+
+@contextlib.contextmanager
+def _mlflow_errors() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        raise DataError(f"MLflow's model registry failed ({error}); is it up? `vitscale up`") from error
 
 
 def _to_source(manifest_url: str) -> str:

@@ -121,6 +121,8 @@ class Site(BaseModel):
             "MLFLOW_TRACKING_URI": self.mlflow,
             "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            # The default of 7 blocks for minutes; whoever talks to MLflow here comes again by itself.
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         }
         region = self.s3_region
         if self.s3_endpoint is not None:

@@ -6,6 +6,8 @@ time, step and value), so draining from the start again is harmless.
 """
 
 import logging
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 1000
 """MLflow's limit of metrics per request."""
+ALIVE_SECONDS = 10.0
 RUN_TAG = "vitscale.run"
 MAX_PARAM = 500
 
@@ -32,6 +35,7 @@ class Tracking:
 
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri = uri
+        _check_alive(uri)
         self.client = MlflowClient(tracking_uri=uri)
         try:
             found = self.client.get_experiment_by_name(experiment)
@@ -59,8 +63,14 @@ class Tracking:
         return run_id
 
     def log_config(self, run_id: str, config: RunConfig) -> None:
+        """What was logged first stays: MLflow takes no other value, though a run may go on elsewhere."""
+        logged = self.client.get_run(run_id).data.params
         params = flatten(config.model_dump(mode="json"))
-        entries = [Param(name, str(value)[:MAX_PARAM]) for name, value in params.items() if value is not None]
+        entries = [
+            Param(name, str(value)[:MAX_PARAM])
+            for name, value in params.items()
+            if value is not None and name not in logged
+        ]
         self.client.log_batch(run_id, params=entries)
 
     def log_values(self, run_id: str, values: Mapping[str, float], tags: Mapping[str, str]) -> None:
@@ -87,7 +97,9 @@ class Drain:
         self._run_id = run_id
         self._reader = EventReader(store)
         self._waiting: list[dict[str, Any]] = []
-        self._covered: list[dict[str, Any]] = []
+        self._points: list[Metric] = []
+        """Covered and not sent yet; so is the table."""
+        self._confusion: dict[str, Any] | None = None
 
     def step(self) -> None:
         """Read what is new, send what a commit covers; after an error of MLflow call again for the rest."""
@@ -98,23 +110,39 @@ class Drain:
                 self._waiting.clear()
             elif event["kind"] in ("metrics", "confusion"):
                 self._waiting.append(event)
-        while self._covered:
-            self._send(self._covered[0])
-            self._covered.pop(0)
+        client = self._tracking.client
+        while self._points:
+            client.log_batch(self._run_id, metrics=self._points[:BATCH])
+            del self._points[:BATCH]
+        if self._confusion is not None:
+            client.log_dict(self._run_id, self._confusion, "confusion.json")
+            self._confusion = None
 
     def _cover(self, images_seen: int) -> None:
-        self._covered += [event for event in self._waiting if event["images_seen"] <= images_seen]
+        for event in self._waiting:
+            if event["images_seen"] > images_seen:
+                continue
+            if event["kind"] == "confusion":
+                self._confusion = {"counts": event["counts"]}
+            else:
+                time_ms = int(event["time"] * 1000)
+                self._points += [
+                    Metric(name, value, time_ms, event["images_seen"])
+                    for name, value in event["values"].items()
+                ]
         self._waiting = [event for event in self._waiting if event["images_seen"] > images_seen]
 
-    def _send(self, event: Mapping[str, Any]) -> None:
-        if event["kind"] == "confusion":
-            self._tracking.client.log_dict(self._run_id, {"counts": event["counts"]}, "confusion.json")
-            return
-        time_ms = int(event["time"] * 1000)
-        metrics = [
-            Metric(name, value, time_ms, event["images_seen"]) for name, value in event["values"].items()
-        ]
-        self._tracking.client.log_batch(self._run_id, metrics=metrics)
+
+def _check_alive(uri: str) -> None:
+    """DataError within seconds if nobody answers there; MLflow's own client would try for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri}/health", timeout=ALIVE_SECONDS).close()  # noqa: S310 - http(s), see above
+    except urllib.error.HTTPError as error:
+        error.close()  # it answers, if only to ask who we are
+    except OSError as error:
+        raise DataError(f"MLflow at {uri} cannot be reached ({error}); is it up? `vitscale up`") from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

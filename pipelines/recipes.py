@@ -3,6 +3,7 @@
 Each says where its numbers come from. Durations are given in epochs here and become images seen.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,6 +17,7 @@ from workers.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    make_config,
 )
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
@@ -159,19 +161,21 @@ def fine_tune(
     )
     batch_size = parent.train.global_batch_size
     model = parent.model.model_copy(update={"image_size": image_size, "num_classes": len(data.classes)})
-    return RunConfig(
-        name=f"{parent.name}-{image_size}px",
-        seed=parent.seed,
-        model=ModelConfig.model_validate(model.model_dump()),
-        data=_data(data, parent.data.augment, lanes=parent.data.lanes),
-        optim=optim,
-        train=_train(images, data, global_batch_size=batch_size, eval_epochs=2, checkpoint_epochs=5),
-        init=init,
-        compute=parent.compute,
-    )
+    changes = {
+        "name": f"{parent.name}-{image_size}px",
+        "model": model,
+        "data": _data(data, parent.data.augment, lanes=parent.data.lanes),
+        "optim": optim,
+        "train": _train(images, data, global_batch_size=batch_size, eval_epochs=2, checkpoint_epochs=5),
+        "init": init,
+    }
+    # Checked anew, since the image size and the name are as somebody chose them.
+    return make_config(parent.model_copy(update=changes).model_dump(mode="json"))
 
 
 def _images(epochs: float, data: DataFacts) -> int:
+    if not 0 < epochs < math.inf:
+        raise ConfigError(f"epochs: expected a number above 0, got {epochs}")
     return max(1, round(epochs * data.num_images))
 
 

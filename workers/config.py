@@ -27,9 +27,12 @@ from workers.models.sizes import (
     vit_size,
 )
 
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Part):
@@ -155,18 +158,23 @@ class RunConfig(Part):
             raise ValueError("name: small letters, digits, '.', '_' and '-' only, at most 81")
         batch, lanes = self.train.global_batch_size, self.data.lanes
         if batch % lanes:
-            raise ValueError(f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}")
+            raise ValueError(
+                f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}; "
+                f"{-(-batch // lanes) * lanes} would be"
+            )
         if self.compute.workers > lanes:
-            raise ValueError(f"compute.workers {self.compute.workers} exceeds data.lanes {lanes}")
+            raise ValueError(
+                f"compute.workers {self.compute.workers} exceeds data.lanes {lanes}; raise data.lanes"
+            )
         return self
 
     @property
     def digest(self) -> str:
         """sha256 of all that changes the result."""
         identity = self.model_dump(mode="json", exclude={"name": True, "compute": True})
-        if self.data.fingerprint is not None:
-            identity["data"].pop("url")
-            identity["data"].pop("validation_url")
+        for url, fingerprint in (("url", "fingerprint"), ("validation_url", "validation_fingerprint")):
+            if identity["data"][fingerprint] is not None:
+                identity["data"].pop(url)
         if self.init is not None:
             identity["init"] = {"digest": self.init.digest, "new_head": self.init.new_head}
         for interval in ("log_every_images", "checkpoint_every_images", "eval_every_images"):
@@ -190,7 +198,7 @@ class RunConfig(Part):
 def make_config(values: Mapping[str, Any]) -> RunConfig:
     """A configuration from plain values; ConfigError names each wrong field."""
     try:
-        return RunConfig.model_validate_json(json.dumps(dict(values)))
+        return RunConfig.model_validate_json(json.dumps(_plain(values)))
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
 
@@ -201,24 +209,24 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _parse(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"no file {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected fields, found {type(values).__name__}")
-    return values
+    return _plain(values)
 
 
 def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """`["optim.learning_rate=0.01"]` applied; values are read as YAML."""
-    result: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    result = _plain(values)
     for text in overrides:
         path, separator, value = text.partition("=")
-        if not separator or not path:
+        *parents, last = (part.strip() for part in path.split("."))
+        if not separator or not all([*parents, last]):
             raise ConfigError(f"--set {text}: expected field=value, such as optim.learning_rate=0.01")
-        *parents, last = path.split(".")
         node = result
         for parent in parents:
             child = node.setdefault(parent, {})
@@ -228,17 +236,38 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
                 raise ConfigError(f"--set {text}: {parent} is a value, not a group of fields")
             node = child
         try:
-            node[last] = _number(yaml.safe_load(value))
+            node[last] = _parse(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from None
     return result
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 and 1e6 as text; people mean the numbers, of which the second is whole."""
+
+
+def _exponential(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
+    value = float(node.value)
+    return int(value) if value.is_integer() else value
+
+
+_Loader.add_implicit_resolver(
+    "!exponential", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+$"), list("+-.0123456789")
+)
+_Loader.add_constructor("!exponential", _exponential)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has it: what else YAML knows, such as dates, becomes text."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"not a configuration: {error}") from None
+    return plain
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -247,22 +276,43 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _known_fields(model, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            lines.append(f"{where}: unknown field; {hint}")
+            lines.append(f"{where}: unknown field; {_hint(item['loc'], model)}")
         elif item["type"] == "missing":
             lines.append(f"{where}: missing")
         elif item["type"] == "value_error":
             lines.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
         else:
-            lines.append(f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
-    return "; ".join(lines)
+            found = repr(item["input"])
+            found = found if len(found) <= MAX_SHOWN else f"{found[:MAX_SHOWN]}..."
+            lines.append(f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {found}")
+    return "\n".join(lines)
 
 
-def _known_fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)
+def _hint(path: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    """The field that was meant: one of the same group with a like name, or of that name elsewhere."""
+    *group, name = path
+    model = root
+    for part in group:
+        if isinstance(part, str):
+            model = _groups(model)[part]
+    near = difflib.get_close_matches(str(name), model.model_fields, n=1)
+    meant = [".".join(str(part) for part in (*group, *near))] if near else _find(root, str(name))
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(model.model_fields)}"
+
+
+def _find(model: type[BaseModel], name: str) -> list[str]:
+    """Dotted paths of all fields of this name."""
+    found = [name] if name in model.model_fields else []
+    for group, part in _groups(model).items():
+        found += [f"{group}.{path}" for path in _find(part, name)]
+    return found
+
+
+def _groups(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The fields that hold fields, with what they hold."""
+    return {
+        name: option
+        for name, field in model.model_fields.items()
+        for option in (field.annotation, *getattr(field.annotation, "__args__", ()))
+        if isinstance(option, type) and issubclass(option, BaseModel)
+    }

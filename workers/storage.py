@@ -12,12 +12,13 @@ import configparser
 import contextlib
 import errno
 import functools
-import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
-import tempfile
+import stat
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,12 @@ from typing import Any, BinaryIO, Protocol
 from workers.errors import ConfigError, DataError
 
 READ_ATTEMPTS = 5
-RACERS = 16
-"""Writers in each create-once race of the probe; Swift loses 3 of 4 races of this width."""
+READ_PIECE = 1 << 16
+"""Bytes; what came of a piece is lost when the connection is reset. Smaller ones cost CPU."""
+TEMPORARY = ".tmp-"
+"""How files begin that are being written; they are no objects."""
+RACERS, RACES = 16, 8
+"""Writers in each create-once race of the probe, and races; Swift loses 3 of 4 races of this width."""
 
 
 class NotFound(DataError):
@@ -76,12 +81,12 @@ class Store(Protocol):
 
 def open_store(url: str) -> Store:
     """A store below `s3://bucket[/prefix]` or `file:///directory`."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "s3" and parts.netloc:
-        return S3Store(parts.netloc, parts.path.strip("/"))
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
-        return FileStore(Path(urllib.parse.unquote(parts.path)))
-    raise ConfigError(f"{url!r} is not a store: expected s3://bucket/prefix or file:///absolute/path")
+    if match := re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(/[^?#]*)?", url):
+        return S3Store(match[1], (match[2] or "").strip("/"))
+    if match := re.fullmatch(r"file://(?:localhost)?(/[^?#]*)", url):
+        return FileStore(Path(urllib.parse.unquote(match[1])))
+    shown = re.sub("//.*@", "//...@", url)
+    raise ConfigError(f"{shown!r} is not a store: expected s3://bucket/prefix or file:///absolute/path")
 
 
 def join_url(root: str, *keys: str) -> str:
@@ -94,39 +99,45 @@ class FileStore:
         self.url = root.as_uri()
 
     def _path(self, key: str) -> Path:
-        if key.startswith("/") or ".." in key.split("/"):
+        if key.startswith("/") or ".." in key.split("/") or "\0" in key:
             raise DataError(f"{key!r} would leave the store {self.url}")
         return self.root / key
 
     def read(self, key: str) -> bytes:
-        try:
+        with _file_errors("read", join_url(self.url, key)):
             return self._path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise NotFound(f"no object {join_url(self.url, key)}") from None
 
     def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
-        try:
-            with self._path(key).open("rb") as file:
-                _check_etag(self.url, key, _file_etag(os.fstat(file.fileno())), etag)
-                file.seek(start)
-                data = file.read(length)
-        except FileNotFoundError:
-            raise NotFound(f"no object {join_url(self.url, key)}") from None
-        return _exactly(data, length, join_url(self.url, key), start)
+        where = join_url(self.url, key)
+        with _file_errors("read", where), self._path(key).open("rb") as file:
+            _check_etag(where, _file_etag(os.fstat(file.fileno())), etag)
+            file.seek(start)
+            data = file.read(length)
+        return _exactly(data, length, where, start)
 
     def head(self, key: str) -> ObjectInfo:
-        try:
-            stat = self._path(key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"no object {join_url(self.url, key)}") from None
-        return ObjectInfo(key, stat.st_size, _file_etag(stat))
+        with _file_errors("read", join_url(self.url, key)):
+            found = self._path(key).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise IsADirectoryError
+        return ObjectInfo(key, found.st_size, _file_etag(found))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         start = self._path(prefix.rpartition("/")[0])
-        for path in sorted(start.rglob("*")):
-            key = path.relative_to(self.root).as_posix()
-            if key.startswith(prefix) and not path.name.startswith(".tmp-") and path.is_file():
+        keys = [
+            Path(folder, name).relative_to(self.root).as_posix()
+            for folder, _, names in os.walk(start, onerror=self._cannot_list)
+            for name in names
+            if not name.startswith(TEMPORARY)
+        ]
+        for key in sorted(key for key in keys if key.startswith(prefix)):
+            # Others may delete meanwhile.
+            with contextlib.suppress(NotFound):
                 yield self.head(key)
+
+    def _cannot_list(self, error: OSError) -> None:
+        with contextlib.suppress(NotFound), _file_errors("list", self.url):
+            raise error
 
     def write(self, key: str, data: bytes) -> None:
         with self._temporary(key, io.BytesIO(data)) as temporary:
@@ -142,34 +153,33 @@ class FileStore:
                 # link() fails if the name exists and, unlike O_EXCL, never shows a half-written file.
                 os.link(temporary, self._path(key))
             except FileExistsError:
-                raise AlreadyExists(f"{join_url(self.url, key)} exists") from None
+                # NFS says so also of the link that it made for us, if its first reply was lost.
+                if temporary.stat().st_nlink != 2:
+                    raise AlreadyExists(f"{join_url(self.url, key)} exists") from None
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        with contextlib.suppress(NotFound), _file_errors("delete", join_url(self.url, key)):
+            self._path(key).unlink()
 
     @contextlib.contextmanager
     def _temporary(self, key: str, source: BinaryIO) -> Iterator[Path]:
-        target = self._path(key)
+        """A complete file beside the key's, with the rights that the umask leaves; gone afterwards."""
+        parent = self._path(key).parent
+        temporary = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
-        except OSError as error:
-            raise DataError(f"cannot write {join_url(self.url, key)}: {error.strerror}") from error
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
+            parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DataError(
-                    f"no space left for {join_url(self.url, key)}; free some and run again"
-                ) from error
-            raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "no space left; free some and run again" if full else error.strerror
+            raise DataError(f"cannot write {join_url(self.url, key)}: {reason}") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 class S3Store:
@@ -193,6 +203,7 @@ class S3Store:
 
     def _get(self, key: str, start: int, length: int | None, etag: str | None) -> bytes:
         """A body that breaks off keeps what came; the next attempt asks for the rest of the same version."""
+        where = join_url(self.url, key)
         data = bytearray()
         for attempt in range(READ_ATTEMPTS):
             if attempt:
@@ -201,30 +212,35 @@ class S3Store:
             if length is not None:
                 arguments["Range"] = f"bytes={start + len(data)}-{start + length - 1}"
             response = self._call("get_object", key, **arguments)
-            length = response["ContentLength"] if length is None else length
-            etag = etag or response["ETag"]
-            with contextlib.suppress(*_broken_body()):
-                for piece in response["Body"].iter_chunks(1 << 20):
-                    data += piece
+            with contextlib.closing(response["Body"]) as body:
+                coming = len(data) + response["ContentLength"]
+                if length is None:
+                    length = coming
+                elif not response.get("ContentRange", "").startswith(f"bytes {start + len(data)}-"):
+                    raise DataError(f"{where}: the object store sends another range than it was asked for")
+                elif coming < length:
+                    raise _truncated(where, start, length, coming)
+                etag = etag or response["ETag"]
+                with contextlib.suppress(*_broken_body()):
+                    for piece in body.iter_chunks(READ_PIECE):
+                        data += piece
             if len(data) >= length:
-                break
-        return _exactly(bytes(data), length or 0, join_url(self.url, key), start)
+                return bytes(data)
+        raise DataError(f"{where}: the connection broke {READ_ATTEMPTS} times; run the same command again")
 
     def head(self, key: str) -> ObjectInfo:
         response = self._call("head_object", key)
         return ObjectInfo(key, response["ContentLength"], response["ETag"])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        pages = (
-            s3_client()
-            .get_paginator("list_objects_v2")
-            .paginate(Bucket=self.bucket, Prefix=self._key(prefix))
-        )
         skip = len(self.prefix) + 1 if self.prefix else 0
         with _s3_errors(join_url(self.url, prefix)):
-            for page in pages:
+            paginator = s3_client().get_paginator("list_objects_v2")
+            for page in paginator.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
                 for item in page.get("Contents", []):
-                    yield ObjectInfo(item["Key"][skip:], item["Size"], item["ETag"])
+                    # Consoles mark "folders" by empty objects whose keys end in a slash.
+                    if not item["Key"].endswith("/"):
+                        yield ObjectInfo(item["Key"][skip:], item["Size"], item["ETag"])
 
     def write(self, key: str, data: bytes) -> None:
         self._call("put_object", key, Body=data)
@@ -234,7 +250,21 @@ class S3Store:
             s3_client().upload_file(str(path), self.bucket, self._key(key))
 
     def create(self, key: str, data: bytes) -> None:
-        self._call("put_object", key, Body=data, IfNoneMatch="*")
+        # The mark tells our own object from another's when the reply to a write was lost and botocore,
+        # which then writes again, is told that there is one.
+        mark = {"writer": secrets.token_hex(16)}
+        for _ in range(READ_ATTEMPTS):
+            try:
+                self._call("put_object", key, Body=data, IfNoneMatch="*", Metadata=mark)
+            except AlreadyExists:
+                # There is none if the write was refused because of a delete at the same moment.
+                with contextlib.suppress(NotFound):
+                    if self._call("head_object", key)["Metadata"] == mark:
+                        return
+                    raise
+            else:
+                return
+        raise DataError(f"{join_url(self.url, key)}: the object store refuses it and holds none")
 
     def delete(self, key: str) -> None:
         self._call("delete_object", key)
@@ -243,8 +273,8 @@ class S3Store:
 def ensure_bucket(url: str, *, environment: Mapping[str, str] | None = None) -> None:
     """Create the bucket of an `s3://` URL if it is not there."""
     bucket = urllib.parse.urlsplit(url).netloc
-    client = _new_client(environment) if environment is not None else s3_client()
     with _s3_errors(url):
+        client = _new_client(environment) if environment is not None else s3_client()
         try:
             client.head_bucket(Bucket=bucket)
         except client.exceptions.ClientError as error:
@@ -256,49 +286,72 @@ def ensure_bucket(url: str, *, environment: Mapping[str, str] | None = None) -> 
 def probe(store: Store) -> str | None:
     """Can this store hold runs? None if it can, else what it gets wrong.
 
-    Checks a create-once race of 16 writers (at most one may win), a ranged read, and that the bytes
-    that come back are those that went.
+    Checks create-once races of 16 writers (one may win), a ranged read, and that the bytes that come back
+    are those that went.
     """
-    key = f"probe/{secrets.token_hex(8)}"
+    with concurrent.futures.ThreadPoolExecutor(RACERS) as pool:
+        for _ in range(RACES):
+            key = f"probe/{secrets.token_hex(8)}"
+            problem = _race(store, key, pool)
+            store.delete(key)
+            if problem:
+                return problem
+    return None
+
+
+def _race(store: Store, key: str, pool: concurrent.futures.Executor) -> str | None:
     payload = [secrets.token_bytes(4096) for _ in range(RACERS)]
+    start = threading.Barrier(RACERS)
 
     def race(writer: int) -> int | None:
+        start.wait()
         try:
             store.create(key, payload[writer])
         except AlreadyExists:
             return None
         return writer
 
-    try:
-        with concurrent.futures.ThreadPoolExecutor(RACERS) as pool:
-            winners = [w for w in pool.map(race, range(RACERS)) if w is not None]
-        if len(winners) != 1:
-            return f"{len(winners)} of {RACERS} create-once writers of one object were told that they had won"
-        whole = store.read(key)
-        if hashlib.sha256(whole).digest() != hashlib.sha256(payload[winners[0]]).digest():
-            return "an object did not come back as it was written"
-        if store.read_range(key, 1000, 100) != whole[1000:1100]:
-            return "a ranged read returned other bytes"
-    finally:
-        store.delete(key)
+    winners = [w for w in pool.map(race, range(RACERS)) if w is not None]
+    if len(winners) != 1:
+        return f"{len(winners)} of {RACERS} create-once writers of one object were told that they had won"
+    whole = store.read(key)
+    if whole != payload[winners[0]]:
+        return "an object did not come back as it was written"
+    if store.read_range(key, 1000, 100) != whole[1000:1100]:
+        return "a ranged read returned other bytes"
     return None
 
 
-def _file_etag(stat: os.stat_result) -> str:
-    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
+def _file_etag(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns:x}-{found.st_size:x}"
 
 
-def _check_etag(url: str, key: str, found: str, expected: str | None) -> None:
+def _check_etag(where: str, found: str, expected: str | None) -> None:
     if expected is not None and found != expected:
-        raise DataError(f"{join_url(url, key)} changed since it was indexed; run `vitscale index` again")
+        raise DataError(f"{where} changed since it was indexed; run `vitscale index` again")
 
 
 def _exactly(data: bytes, length: int, where: str, start: int) -> bytes:
     if len(data) != length:
-        raise DataError(
-            f"{where}: wanted {length} bytes from byte {start}, got {len(data)}; the object is truncated"
-        )
+        raise _truncated(where, start, length, len(data))
     return data
+
+
+def _truncated(where: str, start: int, length: int, found: int) -> DataError:
+    return DataError(
+        f"{where}: wanted {length} bytes from byte {start}, got {found}; the object is truncated"
+    )
+
+
+@contextlib.contextmanager
+def _file_errors(verb: str, where: str) -> Iterator[None]:
+    """The operating system's errors as ours; what is no file is no object."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise NotFound(f"no object {where}") from None
+    except OSError as error:
+        raise DataError(f"cannot {verb} {where}: {error.strerror}") from error
 
 
 @functools.cache
@@ -318,11 +371,14 @@ def _new_client(environment: Mapping[str, str]) -> Any:
     ):
         if variable in environment:
             session.set_config_variable(name, environment[variable])
+    if not environment.get("AWS_ACCESS_KEY_ID"):
+        # An explicit profile keeps botocore from keys that this process's own environment may hold.
+        session.set_config_variable("profile", environment.get("AWS_PROFILE") or None)
     # Newer botocore adds checksum trailers that Ceph 16, R2 and others refuse; our digests guard the bytes.
     config = botocore.config.Config(
         signature_version="s3v4",
         s3={"addressing_style": _addressing_style(environment)},
-        retries={"mode": "standard", "max_attempts": READ_ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": READ_ATTEMPTS},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         max_pool_connections=64,
@@ -363,31 +419,46 @@ def _broken_body() -> tuple[type[Exception], ...]:
 def _s3_errors(where: str) -> Iterator[None]:
     """botocore's exceptions as ours, naming the object and what to do."""
     from boto3.exceptions import S3UploadFailedError
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        ProfileNotFound,
+    )
 
     try:
         yield
     except ClientError as error:
-        code = error.response["Error"]["Code"]
-        message = error.response["Error"].get("Message", "")
-        if code in ("404", "NoSuchKey", "NoSuchBucket", "NotFound"):
-            raise NotFound(
-                f"no object {where}" + (" (no such bucket)" if code == "NoSuchBucket" else "")
-            ) from error
-        if code in ("412", "PreconditionFailed", "ConditionalRequestConflict"):
-            if error.operation_name == "PutObject":
-                raise AlreadyExists(f"{where} exists") from error
-            raise DataError(f"{where} changed since it was indexed; run `vitscale index` again") from error
-        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
-            raise DataError(
-                f"{where}: the object store refused the credentials ({code}); check the AWS profile"
-            ) from error
-        raise DataError(f"{where}: the object store answered {code} {message}") from error
-    except NoCredentialsError as error:
+        raise _refusal(where, error) from error
+    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
         raise DataError(
-            f"{where}: no S3 credentials found; set up an AWS profile or run `vitscale up`"
+            f"{where}: no S3 credentials ({error}); set up an AWS profile or run `vitscale up`"
         ) from error
     except (BotoCoreError, S3UploadFailedError) as error:
+        if isinstance(error.__context__, ClientError):
+            # What the server answered to a multipart upload.
+            raise _refusal(where, error.__context__) from error
         raise DataError(
             f"{where}: the object store cannot be reached ({error}); is it up? `vitscale up`"
         ) from error
+
+
+def _refusal(where: str, error: Any) -> DataError:
+    """What a botocore ClientError means."""
+    code = error.response["Error"]["Code"]
+    if code == "NoSuchBucket":
+        return NotFound(f"no bucket for {where}")
+    if code in ("404", "NoSuchKey", "NotFound"):
+        return NotFound(f"no object {where}")
+    if code in ("412", "PreconditionFailed", "ConditionalRequestConflict"):
+        if error.operation_name == "PutObject":
+            return AlreadyExists(f"{where} exists")
+        return DataError(f"{where} changed since it was indexed; run `vitscale index` again")
+    if code in ("416", "InvalidRange"):
+        return DataError(f"{where}: it ends before the bytes that were asked for; the object is truncated")
+    if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return DataError(f"{where}: the object store refused the credentials ({code}); check the AWS profile")
+    return DataError(
+        f"{where}: the object store answered {code} {error.response['Error'].get('Message', '')}"
+    )

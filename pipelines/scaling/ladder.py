@@ -120,7 +120,9 @@ def run_study(site: Site, study: Study, console: Console) -> list[RungResult]:
             tags={"vitscale.stage": "study"},
         )
         run_job(site, spec, f"study of {len(configs)} runs", console)
-    return [_result(tracking, site, config) for config in configs]
+    results = [_result(tracking, site, config) for config in configs]
+    tracking.client.log_dict(tracking.open_run(study.name), as_rows(results, fit_laws(results)), "study.json")
+    return results
 
 
 def fit_laws(results: Sequence[RungResult]) -> dict[str, PowerLaw]:

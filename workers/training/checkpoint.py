@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from workers.errors import CheckpointError, DataError
-from workers.storage import Store, open_store
+from workers.errors import CheckpointError
+from workers.storage import NotFound, Store, open_store
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -81,21 +81,21 @@ def checkpoint_directory(images_seen: int, epoch: int) -> str:
 def read_manifest(store: Store, key: str, digest: str) -> Manifest:
     """CheckpointError unless the bytes are exactly those that were committed."""
     where = f"{store.url}/{key}"
-    try:
-        data = store.read(key)
-    except DataError as error:
-        raise CheckpointError(f"checkpoint manifest: {error}") from error
+    data = _read(store, key)
     if hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(
             f"{where}: its sha256 is not the registered {digest[:12]}...; it was tampered with"
         )
-    values = json.loads(data)
-    if values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where}: format {values.get('format')}, this version reads {FORMAT}; "
-            "install the version that wrote it"
-        )
-    return Manifest(**values, key=key)
+    try:
+        values = json.loads(data)
+        if values["format"] != FORMAT:
+            raise CheckpointError(
+                f"{where}: format {values['format']}, this version reads {FORMAT}; "
+                "install the version that wrote it"
+            )
+        return Manifest(**values, key=key)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{where} is not a checkpoint's manifest: {error}") from error
 
 
 def open_manifest(url: str, digest: str) -> tuple[Store, Manifest]:
@@ -179,15 +179,8 @@ def load_full(store: Store, manifest: Manifest) -> dict[str, Tensor]:
     """All of the model's tensors in memory, verified, for inspection, fine-tuning and restore tests."""
     objects = _Objects(store, manifest, "model")
     names = [name for name in manifest.shapes if not name.startswith(STATE)]
-    state = {}
-    for name in names:
-        tensor = torch.cat([objects.tensors(rank)[name] for rank in range(manifest.world_size)])
-        if list(tensor.shape) != manifest.shapes[name]:
-            raise CheckpointError(
-                f"{manifest.key}: {name} has shape {list(tensor.shape)}, not as its manifest says"
-            )
-        state[name] = tensor
-    return state
+    ranks = range(manifest.world_size)
+    return {name: torch.cat([objects.rows(rank, name) for rank in ranks]) for name in names}
 
 
 def object_name(kind: str, rank: int, world_size: int) -> str:
@@ -203,19 +196,30 @@ class _Objects:
         self._kind = kind
         self._read: dict[int, dict[str, Tensor]] = {}
 
-    def tensors(self, rank: int) -> dict[str, Tensor]:
+    def rows(self, rank: int, name: str) -> Tensor:
+        """The rows of a tensor that were this rank's."""
+        shape = self.manifest.shapes[name]
+        start, stop = _rows(shape[0], rank, self.manifest.world_size)
+        value = self._tensors(rank).get(name)
+        if value is None or list(value.shape) != [stop - start, *shape[1:]]:
+            found = "nothing" if value is None else f"shape {list(value.shape)}"
+            raise CheckpointError(
+                f"{self._where(rank)}: of {name}, {shape} in all, it has {found}, "
+                f"not rows {start} to {stop} as its manifest says"
+            )
+        return value
+
+    def _tensors(self, rank: int) -> dict[str, Tensor]:
         if rank not in self._read:
-            self._read[rank] = self._load(object_name(self._kind, rank, self.manifest.world_size))
+            self._read[rank] = self._load(rank)
         return self._read[rank]
 
-    def _load(self, name: str) -> dict[str, Tensor]:
-        key = f"{self.manifest.directory}/{name}"
-        where = f"{self._store.url}/{key}"
-        entry = self.manifest.objects[name]
-        try:
-            data = self._store.read(key)
-        except DataError as error:
-            raise CheckpointError(f"checkpoint object: {error}") from error
+    def _load(self, rank: int) -> dict[str, Tensor]:
+        where = self._where(rank)
+        entry = self.manifest.objects.get(self._name(rank))
+        if entry is None:
+            raise CheckpointError(f"{where}: its manifest does not list it")
+        data = _read(self._store, f"{self.manifest.directory}/{self._name(rank)}")
         if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{where}: its bytes are not those that were committed ({len(data)} bytes)")
         try:
@@ -223,6 +227,20 @@ class _Objects:
         except SafetensorError as error:
             raise CheckpointError(f"{where}: {error}") from error
         return tensors
+
+    def _name(self, rank: int) -> str:
+        return object_name(self._kind, rank, self.manifest.world_size)
+
+    def _where(self, rank: int) -> str:
+        return f"{self._store.url}/{self.manifest.directory}/{self._name(rank)}"
+
+
+def _read(store: Store, key: str) -> bytes:
+    """CheckpointError if the object is gone; a store that cannot be reached says nothing of a checkpoint."""
+    try:
+        return store.read(key)
+    except NotFound as error:
+        raise CheckpointError(f"a checkpoint lacks a part: {error}") from error
 
 
 def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -252,7 +270,7 @@ def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor]) -> None:
             saved_start, saved_stop = _rows(num_rows, saved_rank, saved_size)
             first, last = max(start, saved_start), min(stop, saved_stop)
             if first < last:
-                source = objects.tensors(saved_rank)[name]
+                source = objects.rows(saved_rank, name)
                 local[first - start : last - start].copy_(source[first - saved_start : last - saved_start])
 
 

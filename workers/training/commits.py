@@ -9,9 +9,10 @@ what keeps a writer that was thought dead from being heard. The store must creat
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from workers.errors import CheckpointError
-from workers.storage import AlreadyExists, NotFound, Store
+from workers.storage import AlreadyExists, NotFound, Store, join_url
 from workers.training.metrics import lease_key
 
 
@@ -37,6 +38,9 @@ class Lease:
     continues: int | None
 
 
+Record = TypeVar("Record", Commit, Lease)
+
+
 class CommitLog:
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -48,7 +52,8 @@ class CommitLog:
 
     def lineage_from(self, seq: int | None) -> Iterator[Commit]:
         """A commit, its parent, and so on to the first."""
-        while seq is not None and (commit := self._commit(seq)) is not None:
+        while seq is not None:
+            commit = self._existing(seq)
             yield commit
             seq = commit.parent
 
@@ -104,7 +109,7 @@ class CommitLog:
         return newest
 
     def _head_under(self, lease: Lease) -> Commit | None:
-        head = self._commit(lease.continues) if lease.continues is not None else None
+        head = self._existing(lease.continues) if lease.continues is not None else None
         seq = 0 if lease.continues is None else lease.continues + 1
         while (commit := self._commit(seq)) is not None:
             if commit.epoch == lease.epoch:
@@ -113,19 +118,32 @@ class CommitLog:
         return head
 
     def _lease(self, epoch: int) -> Lease | None:
-        data = _read(self.store, lease_key(epoch))
-        return Lease(**json.loads(data)) if data is not None else None
+        return self._read(lease_key(epoch), Lease)
 
     def _commit(self, seq: int) -> Commit | None:
-        data = _read(self.store, _commit_key(seq))
-        return Commit(**json.loads(data)) if data is not None else None
+        return self._read(_commit_key(seq), Commit)
 
+    def _existing(self, seq: int) -> Commit:
+        """A commit that another record names: without it the log means something else."""
+        commit = self._commit(seq)
+        if commit is None:
+            raise CheckpointError(
+                f"{join_url(self.store.url, _commit_key(seq))} is gone, though later records continue it; "
+                "restore it, or delete the run to start again"
+            )
+        return commit
 
-def _read(store: Store, key: str) -> bytes | None:
-    try:
-        return store.read(key)
-    except NotFound:
-        return None
+    def _read(self, key: str, kind: type[Record]) -> Record | None:
+        try:
+            data = self.store.read(key)
+        except NotFound:
+            return None
+        try:
+            return kind(**json.loads(data))
+        except (ValueError, TypeError):
+            raise CheckpointError(
+                f"{join_url(self.store.url, key)} is damaged; restore it, or delete the run to start again"
+            ) from None
 
 
 def _commit_key(seq: int) -> str:

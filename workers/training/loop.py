@@ -4,6 +4,7 @@ Knows neither Ray nor a tracking server; `workers/ray_entry.py` calls it on a cl
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from workers.config import RunConfig, make_config
+from workers.config import InitConfig, RunConfig, make_config
 from workers.data.index import DatasetIndex
 from workers.data.order import Order, Positions
 from workers.data.stream import Batch, TrainStream
@@ -24,12 +25,13 @@ from workers.models import build_model
 from workers.models.sizes import patch_grid
 from workers.models.vit import VisionTransformer
 from workers.models.weights import adapt_state_dict
-from workers.storage import open_store
+from workers.storage import Store, open_store
 from workers.training.checkpoint import load_full, open_manifest
+from workers.training.commits import Lease
 from workers.training.evaluate import Evaluation, evaluate, normalize
 from workers.training.metrics import EventWriter
 from workers.training.optim import learning_rate, make_optimizer
-from workers.training.parallel import join_group, shard
+from workers.training.parallel import shard, worker_group
 from workers.training.state import TrainState, share_lease
 
 log = logging.getLogger(__name__)
@@ -49,17 +51,24 @@ def train_worker(payload: Mapping[str, Any], device: torch.device) -> None:
 
 def train(config: RunConfig, run_url: str, device: torch.device) -> None:
     """Train one run to its end, or skip it if its commit log says that it is there."""
-    rank, world_size = join_group()
-    torch.set_num_threads(config.compute.cpus_per_worker)
-    store = open_store(run_url)
-    lease = share_lease(store, device)
-    if lease is None:
-        log.info("%s is complete", config.run)
-        return
+    with worker_group(device):
+        torch.set_num_threads(config.compute.cpus_per_worker)
+        store = open_store(run_url)
+        lease = share_lease(store, device)
+        if lease is None:
+            log.info("%s is complete", config.run)
+        else:
+            _train_under(lease, config, store, device)
 
+
+def _train_under(lease: Lease, config: RunConfig, store: Store, device: torch.device) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     data, validation = _open_data(config)
     order, samples = _make_order(config, data)
-    model = shard(_initial_model(config), device)
+    model = _initial_model(config)
+    if config.init is not None and lease.continues is None:
+        _load_parent(config.init, model)
+    model = shard(model, device)
     optimizer = make_optimizer(model, config.optim)
     state = TrainState(config, store, lease, order, model, optimizer, device)
     state.resume()
@@ -92,17 +101,20 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
             state.step += 1
             meter.add(totals, batch_size)
 
-            if state.complete or _due(state, config.train.log_every_images):
+            evaluating = state.complete or _due(state, config.train.eval_every_images)
+            committing = state.complete or _checkpoint_due(state)
+            if evaluating or committing or _due(state, config.train.log_every_images):
                 values = meter.take(waited=stream.times.take().wait)
+                _check_finite(values, state)
                 if events:
                     events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
-            if state.complete or _due(state, config.train.eval_every_images):
+            if evaluating:
                 images_per_rank = config.compute.microbatch_size or -(-batch_size // world_size)
                 result = evaluate(model, config.model, validation, batch_size=images_per_rank, device=device)
                 if events:
                     _write_evaluation(events, state, result)
                 meter.restart()
-            if state.complete or _checkpoint_due(state):
+            if committing:
                 state.commit(_final_metrics(state, result), events)
                 meter.restart()
     finally:
@@ -117,10 +129,18 @@ def _open_data(config: RunConfig) -> tuple[DatasetIndex, DatasetIndex]:
         ("data.validation_fingerprint", config.data.validation_fingerprint, validation.fingerprint),
     ):
         if expected not in (None, found):
-            raise ConfigError(f"{field} is {expected}, but the data there has {found}; it changed since")
+            raise ConfigError(
+                f"{field} is {expected}, but the data there has {found}: it changed since the configuration "
+                "was made; restore it, or make a new configuration"
+            )
     if config.model.num_classes != len(index.classes):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, the data has {len(index.classes)} classes"
+        )
+    if validation.classes != index.classes[: len(validation.classes)]:
+        raise ConfigError(
+            f"data.validation_url: the classes of {validation.url} are not those of {index.url}; "
+            "index both with the same ones"
         )
     return index, validation
 
@@ -150,10 +170,10 @@ def _decode_threads(config: RunConfig) -> int:
 
 
 def _initial_model(config: RunConfig) -> nn.Module:
-    """Whole and equal on every rank: the parent's weights if there is one, else from the seed."""
+    """Whole and equal on every rank, from the seed."""
     torch.manual_seed(config.seed)
     part = config.model
-    model = build_model(
+    return build_model(
         part.family,
         part.size,
         image_size=part.image_size,
@@ -161,19 +181,21 @@ def _initial_model(config: RunConfig) -> nn.Module:
         channels=part.channels,
         num_classes=part.num_classes,
     )
-    if config.init is not None:
-        store, manifest = open_manifest(config.init.manifest, config.init.digest)
-        source = make_config(manifest.config).model
-        assert isinstance(model, VisionTransformer), "only a ViT is fine-tuned"
-        model.load_state_dict(
-            adapt_state_dict(
-                load_full(store, manifest),
-                source_grid=patch_grid(source.image_size, source.patch_size),
-                target=model,
-                new_head=config.init.new_head,
-            )
-        )
-    return model
+
+
+def _load_parent(init: InitConfig, model: nn.Module) -> None:
+    """The weights that fine-tuning starts from, for this model's resolution and classes."""
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError("model.family: only a vit can start from another run's weights (init)")
+    store, manifest = open_manifest(init.manifest, init.digest)
+    source = make_config(manifest.config).model
+    state = adapt_state_dict(
+        load_full(store, manifest),
+        source_grid=patch_grid(source.image_size, source.patch_size),
+        target=model,
+        new_head=init.new_head,
+    )
+    model.load_state_dict(state)
 
 
 def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
@@ -206,6 +228,16 @@ def _microbatches(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tens
     for start in range(0, len(batch.labels), size):
         part = slice(start, start + size)
         yield batch.images[part], batch.labels[part], batch.weights[part]
+
+
+def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
+    """Before anything is committed: on all ranks alike, since the values are those of all."""
+    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+        raise ConfigError(
+            f"optim.learning_rate: {state.config.run} diverged before image {state.images_seen} (loss "
+            f"{values['loss']}, gradient norm {values['gradient_norm']}); choose less than "
+            f"{state.config.optim.learning_rate}, or a longer optim.warmup_images"
+        )
 
 
 def _write_evaluation(events: EventWriter, state: TrainState, result: Evaluation) -> None:

@@ -6,6 +6,7 @@ never talks to a tracking server, so none can stop it. Readers probe for the nex
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,32 +46,33 @@ class EventReader:
         self._store = store
         self._epoch = 0
         self._seq = 0
+        self._lines: deque[bytes] = deque()
+        """Of the last segment; not handed out yet."""
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Events in order, each with its `epoch`; a newer epoch supersedes what it does not continue."""
-        while True:
-            segment = self._segment(self._epoch, self._seq)
-            if segment is not None:
-                self._seq += 1
-                for line in segment.splitlines():
-                    yield {"epoch": self._epoch, **json.loads(line)}
-            elif self._newer_epoch():
-                self._epoch, self._seq = self._epoch + 1, 0
-            else:
-                return
+        while self._lines or self._next_segment() or self._next_epoch():
+            while self._lines:
+                yield {"epoch": self._epoch, **json.loads(self._lines.popleft())}
 
-    def _segment(self, epoch: int, seq: int) -> bytes | None:
+    def _next_segment(self) -> bool:
         try:
-            return self._store.read(segment_key(epoch, seq))
+            segment = self._store.read(segment_key(self._epoch, self._seq))
         except NotFound:
-            return None
+            return False
+        self._seq += 1
+        self._lines.extend(segment.splitlines())
+        return True
 
-    def _newer_epoch(self) -> bool:
-        # A lease is taken before the first event of its epoch, so the old epoch's writer is fenced by then.
+    def _next_epoch(self) -> bool:
+        """Go on to the next epoch, if there is one, once the last segment of this one is read."""
         try:
             self._store.head(lease_key(self._epoch + 1))
         except NotFound:
             return False
+        # Before it was fenced the old writer may have written what was not there a moment ago.
+        if not self._next_segment():
+            self._epoch, self._seq = self._epoch + 1, 0
         return True
 
 

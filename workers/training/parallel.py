@@ -1,5 +1,8 @@
 """Where a model's tensors live: one mesh over all ranks, FSDP2's `fully_shard` per block and for the rest."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -8,12 +11,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 
-def join_group() -> tuple[int, int]:
-    """(rank, world size); a process that nobody launched as part of a group becomes a group of one."""
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+@contextlib.contextmanager
+def worker_group(device: torch.device) -> Iterator[None]:
+    """The group that this process is in, or torchrun's, or one of its own; what began here ends here."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:

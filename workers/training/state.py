@@ -50,6 +50,7 @@ class TrainState:
 
     def resume(self) -> None:
         """Go on from the newest commit whose every byte is what was committed; all ranks choose the same."""
+        first_problem = ""
         for commit in CommitLog(self.store).lineage_from(self.lease.continues):
             usable = True
             try:
@@ -58,15 +59,17 @@ class TrainState:
                 checkpoint.load_into(self.store, manifest, self.model, self.optimizer)
             except CheckpointError as error:
                 usable = False
+                first_problem = first_problem or str(error)
                 log.warning("commit %d cannot be used, trying its parent: %s", commit.seq, error)
             if all_agree(usable, self.device):
-                self.step = commit.images_seen // self.config.train.global_batch_size
+                self.step = manifest.step
                 self.parent, self.parent_digest = commit.seq, commit.digest
-                log.info("%s goes on from image %d", self.config.run, commit.images_seen)
+                log.info("%s goes on from image %d", self.config.run, self.images_seen)
                 return
         if self.lease.continues is not None:
             raise CheckpointError(
-                f"{self.store.url}: none of this run's commits can be read; delete the run to start again"
+                f"{self.store.url}: none of this run's commits can be used; restore what is missing, or "
+                f"delete the run to start again; {first_problem or 'the logs of the other ranks say why'}"
             )
 
     def commit(self, metrics: dict[str, float], events: EventWriter | None) -> None:

@@ -1,0 +1,148 @@
+"""Tiny training runs on real digits, on as many ranks as a test wants, and what they leave in the store."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from pipelines.recipes import read_facts, vit_digits
+from tests.distributed import on_ranks, recorded_logs
+from workers.config import RunConfig, make_config, override
+from workers.storage import Store, open_store
+from workers.training import loop
+from workers.training.checkpoint import STATE, Manifest, object_name, read_manifest
+from workers.training.commits import CommitLog
+from workers.training.metrics import EventReader
+
+BATCH = 48
+"""6 images of each of the 8 lanes: three ranks have 12, 18 and 18."""
+
+CPU = torch.device("cpu")
+
+CLOCKED = ("images_per_second", "data_wait")
+"""Values of a metrics event that no two runs share."""
+
+
+def tiny_config(data_url: str, *overrides: str, steps: int = 20) -> RunConfig:
+    """The smallest ViT; a point of the loss curve for each step, a commit every fifth."""
+    return make_config(
+        override(
+            vit_digits(read_facts(data_url)).model_dump(mode="json"),
+            [
+                "model.size=digits-xs",
+                f"train.images={steps * BATCH}",
+                f"train.global_batch_size={BATCH}",
+                f"train.log_every_images={BATCH}",
+                f"train.checkpoint_every_images={5 * BATCH}",
+                f"train.eval_every_images={10 * BATCH}",
+                f"optim.warmup_images={4 * BATCH}",
+                "optim.learning_rate=0.01",
+                *overrides,
+            ],
+        )
+    )
+
+
+def train_on(world_size: int, config: RunConfig, run_url: str) -> list[str]:
+    """Train to the end; the warnings of all ranks."""
+    return [line for lines in on_ranks(world_size, train_rank, config, run_url) for line in lines]
+
+
+def train_rank(
+    config: RunConfig, run_url: str, before_create: Callable[[str], None] | None = None
+) -> list[str]:
+    """On one rank; `before_create(key)` is called before each create-once write of this rank."""
+    if before_create is not None:
+        loop.open_store = lambda url: HookedStore(open_store(url), before_create)
+    with recorded_logs() as lines:
+        loop.train(config, run_url, CPU)
+    return lines
+
+
+class HookedStore:
+    def __init__(self, store: Store, before_create: Callable[[str], None]) -> None:
+        self._store = store
+        self._before_create = before_create
+
+    def create(self, key: str, data: bytes) -> None:
+        self._before_create(key)
+        self._store.create(key, data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+@dataclass
+class Die:
+    """SIGKILL right before, or after, this process writes its nth object, from 0, whose key has `part`."""
+
+    part: str
+    nth: int
+    after: bool = False
+
+    def __call__(self, key: str) -> None:
+        if self.nth < 0 or (self.nth == 0 and not self.after and self.part in key):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.nth -= self.part in key
+
+    def __str__(self) -> str:
+        return f"{'after' if self.after else 'before'}-{self.part}-{self.nth}"
+
+
+def head_manifest(run_url: str) -> Manifest:
+    store = open_store(run_url)
+    head = CommitLog(store).head()
+    assert head is not None
+    return read_manifest(store, head.manifest, head.digest)
+
+
+def outcome(run_url: str) -> dict[str, Any]:
+    """All of a complete run's last manifest that its weights, moments and metrics decide."""
+    manifest = head_manifest(run_url)
+    assert manifest.complete
+    names = ("step", "images_seen", "world_size", "objects", "shapes", "scalars", "order", "metrics")
+    return {name: getattr(manifest, name) for name in names}
+
+
+def tensors(run_url: str, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Parameters and moments as the manifest names them, whole, by plain safetensors."""
+    store = open_store(run_url)
+    read: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for kind in ("model", "optimizer"):
+        keys = [object_name(kind, rank, manifest.world_size) for rank in range(manifest.world_size)]
+        read[kind] = [safetensors.torch.load(store.read(f"{manifest.directory}/{key}")) for key in keys]
+    return {
+        name: torch.cat([rank[name] for rank in read["optimizer" if name.startswith(STATE) else "model"]])
+        for name in manifest.shapes
+    }
+
+
+def replay(run_url: str) -> list[tuple[int, dict[str, float]]]:
+    """The run's points, without what a clock says; a new writer's `start` takes back what is beyond it."""
+    points: list[tuple[int, dict[str, float]]] = []
+    for event in EventReader(open_store(run_url)).read():
+        if event["kind"] == "start":
+            points = [point for point in points if point[0] <= event["images_seen"]]
+        elif event["kind"] == "metrics":
+            values = {name: value for name, value in event["values"].items() if name not in CLOCKED}
+            points.append((event["images_seen"], values))
+    return points
+
+
+def losses(run_url: str) -> list[float]:
+    return [values["loss"] for _, values in replay(run_url) if "loss" in values]
+
+
+def copy_cut(source_url: str, folder: Path, *, commits: int) -> str:
+    """A copy of a run as it was right after so many commits."""
+    source = Path(source_url.removeprefix("file://"))
+    shutil.copytree(source, folder)
+    for path in sorted((folder / "commits").iterdir())[commits:]:
+        path.unlink()
+    return folder.as_uri()

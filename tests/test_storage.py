@@ -1,0 +1,679 @@
+"""Stores: what holds on `file://` and on a real S3 server alike, then each alone, and S3 behind faults."""
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import random
+import resource
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from orchestrator.site import Site
+from tests.fault_proxy import Answer, Cut, FaultProxy, LoseReply, Meanwhile
+from workers import storage
+from workers.errors import ConfigError, DataError
+from workers.storage import (
+    RACERS,
+    RACES,
+    READ_ATTEMPTS,
+    AlreadyExists,
+    FileStore,
+    NotFound,
+    ObjectInfo,
+    S3Store,
+    Store,
+    ensure_bucket,
+    join_url,
+    open_store,
+    probe,
+)
+
+BODY = random.Random(0).randbytes(300_000)
+
+
+@pytest.fixture
+def proxy(services: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """In front of the object store; this process's S3 client goes through it and does not wait."""
+    if services.s3_endpoint is None:
+        pytest.skip("the object store needs a file system with user xattrs")
+    with FaultProxy(services.s3_endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
+        storage.s3_client.cache_clear()
+        yield proxy
+        storage.s3_client().close()
+    storage.s3_client.cache_clear()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds for which anything would have slept between attempts."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def s3(proxy: FaultProxy, request: pytest.FixtureRequest) -> S3Store:
+    """Of this test alone."""
+    store = open_store(f"s3://vitscale/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]}")
+    assert isinstance(store, S3Store)
+    return store
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.services)])
+def store(request: pytest.FixtureRequest, store_url: str) -> Store:
+    return open_store(store_url) if request.param == "file" else request.getfixturevalue("s3")
+
+
+def test_what_is_written_comes_back_whole_and_in_ranges(store: Store) -> None:
+    store.write("deep/er/a.bin", BODY)
+    assert store.read("deep/er/a.bin") == BODY
+    assert store.read_range("deep/er/a.bin", 0, 1) == BODY[:1]
+    assert store.read_range("deep/er/a.bin", 100_000, 150_001) == BODY[100_000:250_001]
+    assert store.read_range("deep/er/a.bin", len(BODY) - 1, 1) == BODY[-1:]
+    assert store.read_range("deep/er/a.bin", 7, 0) == b""
+    store.write("deep/er/a.bin", b"new")
+    assert store.read("deep/er/a.bin") == b"new"
+    store.write("empty", b"")
+    assert store.read("empty") == b""
+    assert store.head("empty").size == 0
+
+
+@pytest.mark.parametrize(("start", "length"), [(len(BODY) - 10, 11), (len(BODY), 1), (len(BODY) + 99, 5)])
+def test_a_range_beyond_the_end_is_a_truncated_object(store: Store, start: int, length: int) -> None:
+    store.write("a", BODY)
+    with pytest.raises(DataError, match=rf"{store.url}/a: .* the object is truncated"):
+        store.read_range("a", start, length)
+
+
+def test_another_version_than_the_indexed_one_is_refused(store: Store) -> None:
+    store.write("a", BODY)
+    etag = store.head("a").etag
+    assert store.read_range("a", 5, 5, etag) == BODY[5:10]
+    store.write("a", BODY[:-1] + b"x" * 2)
+    with pytest.raises(DataError, match=rf"{store.url}/a changed since it was indexed; run `vitscale index`"):
+        store.read_range("a", 5, 5, etag)
+    assert store.read_range("a", 5, 5, store.head("a").etag) == BODY[5:10]
+
+
+def test_what_is_not_there_is_named(store: Store) -> None:
+    store.write("folder/a", b"1")
+    for key in ("b", "folder", "folder/a/b"):
+        for read in (store.read, store.head, lambda key: store.read_range(key, 0, 1)):
+            with pytest.raises(NotFound, match=rf"no object {store.url}/{key}$"):
+                read(key)
+        store.delete(key)
+    assert store.read("folder/a") == b"1"
+
+
+def test_create_never_replaces(store: Store) -> None:
+    store.create("runs/1", b"first")
+    with pytest.raises(AlreadyExists, match=rf"{store.url}/runs/1 exists"):
+        store.create("runs/1", b"second")
+    assert store.read("runs/1") == b"first"
+    store.delete("runs/1")
+    store.create("runs/1", b"third")
+    assert store.read("runs/1") == b"third"
+
+
+def test_a_listing_has_each_object_below_the_prefix_in_the_order_of_keys(
+    store: Store, tmp_path: Path
+) -> None:
+    keys = ["a", "a.b", "a/b", "a/b/c", "a/d/.hidden", "ab", "b/a", "ä/ü 1+2%.tar"]
+    for key in keys:
+        store.write(key if key not in ("a", "a/b") else f"{key}-", key.encode())
+    keys = sorted(key if key not in ("a", "a/b") else f"{key}-" for key in keys)
+    found = list(store.list())
+    assert [info.key for info in found] == keys
+    assert found == [store.head(key) for key in keys]
+    for prefix in ("a", "a/", "a/b", "a/b/", "a/d/.h", "ä/ü 1+", "none", "none/at/all"):
+        assert [info.key for info in store.list(prefix)] == [key for key in keys if key.startswith(prefix)]
+    for key in keys:
+        assert open_store(store.url).read(key)
+        store.delete(key)
+    assert list(store.list()) == []
+
+
+def test_a_large_file_is_uploaded(store: Store, tmp_path: Path) -> None:
+    """More than one part on S3, which makes 8 MiB parts."""
+    data = random.Random(1).randbytes(9 << 20)
+    (tmp_path / "shard.tar").write_bytes(data)
+    store.upload("shards/0.tar", tmp_path / "shard.tar")
+    info = store.head("shards/0.tar")
+    assert info.size == len(data)
+    assert store.read("shards/0.tar") == data
+    assert store.read_range("shards/0.tar", (8 << 20) - 5, 10, info.etag) == data[(8 << 20) - 5 :][:10]
+    (tmp_path / "shard.tar").write_bytes(b"small")
+    store.upload("shards/0.tar", tmp_path / "shard.tar")
+    assert store.read("shards/0.tar") == b"small"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "data", "/data", "s3:/bucket", "s3://", "s3:///key", "s3://-b/x", "http://host/x", "file://data",
+        "file://host/data", "file:///data?versions", "s3://bucket/a#b", "s3://bucket/a?b", "S3//bucket",
+    ],
+)  # fmt: skip
+def test_what_is_no_store_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected s3://bucket/prefix or file:///absolute/path"):
+        open_store(url)
+
+
+def test_a_secret_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_store("s3://AKIA:hunter2@bucket/data")
+    assert str(caught.value).startswith("'s3://...@bucket/data' is not a store")
+
+
+def test_addresses_are_joined_and_kept(tmp_path: Path) -> None:
+    assert join_url("s3://bucket/", "/a/", "b") == "s3://bucket/a/b"
+    assert open_store("s3://bucket").url == "s3://bucket"
+    assert open_store("s3://bucket/a/b/").url == "s3://bucket/a/b"
+    odd = tmp_path / "50% off, ä#1?"
+    store = open_store(odd.as_uri())
+    store.write("a", b"1")
+    assert (odd / "a").read_bytes() == b"1"
+    assert store.url == odd.as_uri()
+
+
+@pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "..", "a/..", "a\0b"])
+def test_no_key_leads_out_of_a_folder(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x").write_bytes(b"of another")
+    (tmp_path / "store/a").mkdir(parents=True)
+    store = FileStore(tmp_path / "store")
+    calls: list[Callable[[], object]] = [
+        lambda: store.read(key),
+        lambda: store.read_range(key, 0, 1),
+        lambda: store.head(key),
+        lambda: list(store.list(f"{key}/")),
+        lambda: store.write(key, b"mine"),
+        lambda: store.create(key, b"mine"),
+        lambda: store.upload(key, tmp_path / "x"),
+        lambda: store.delete(key),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match="would leave the store"):
+            call()
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "store", "a"]
+    assert (tmp_path / "x").read_bytes() == b"of another"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_rights_that_the_umask_leaves(
+    store_url: str, tmp_path: Path, umask: int, mode: int
+) -> None:
+    """Others on a shared mount read data sets; who wants to keep them out says so by the umask."""
+    store = open_store(store_url)
+    (tmp_path / "source").write_bytes(b"1")
+    before = os.umask(umask)
+    try:
+        store.write("data/written", b"1")
+        store.create("data/created", b"1")
+        store.upload("data/uploaded", tmp_path / "source")
+    finally:
+        os.umask(before)
+    root = Path(store_url.removeprefix("file://"))
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (root / "data").iterdir()} == {mode}
+    assert stat.S_IMODE((root / "data").stat().st_mode) == 0o777 & ~umask
+
+
+def win(root: str, name: str, rounds: int, start: Barrier) -> None:
+    """Create one object after another at the same moments as the other process; write down which it won."""
+    store = FileStore(Path(root))
+    won = []
+    for number in range(rounds):
+        start.wait(20)
+        try:
+            store.create(f"race/{number:02d}", name.encode() * 1000)
+        except AlreadyExists:
+            continue
+        won.append(f"{number:02d}")
+    store.write(f"won/{name}", ",".join(won).encode())
+
+
+def test_of_two_processes_that_create_a_file_exactly_one_wins(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(2)
+    writers = [context.Process(target=win, args=(str(tmp_path), name, 50, start)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    store = FileStore(tmp_path)
+    owners = {
+        number: name for name in "ab" for number in store.read(f"won/{name}").decode().split(",") if number
+    }
+    assert sum(len(store.read(f"won/{name}").decode().split(",")) for name in "ab") >= 50
+    assert sorted(owners) == [f"{number:02d}" for number in range(50)]
+    for number, name in owners.items():
+        assert store.read(f"race/{number}") == name.encode() * 1000
+    assert len(list(tmp_path.rglob("*"))) == 50 + 2 + 2
+
+
+@pytest.mark.parametrize("before", [None, b"what was there"])
+def test_a_file_half_written_is_never_seen(tmp_path: Path, before: bytes | None) -> None:
+    """Its writer is stopped in the middle, and then killed: what was there stays."""
+    store = FileStore(tmp_path / "store")
+    if before is not None:
+        store.write("a/b", before)
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import sys; from pathlib import Path; from workers.storage import FileStore\n"
+        "FileStore(Path(sys.argv[1])).upload('a/b', Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(tmp_path / "pipe")]
+    with subprocess.Popen(command) as writer, (tmp_path / "pipe").open("wb") as pipe:
+        pipe.write(bytes(3 << 20))
+        pipe.flush()
+        while not (half := list(tmp_path.glob("store/a/.tmp-*"))) or half[0].stat().st_size < 1 << 20:
+            time.sleep(0.005)
+        check_untouched(store, before)
+        writer.kill()
+        writer.wait()
+        check_untouched(store, before)
+    store.create("a/c", b"others write on")
+
+
+def check_untouched(store: Store, before: bytes | None) -> None:
+    if before is None:
+        with pytest.raises(NotFound):
+            store.read("a/b")
+        assert list(store.list()) == []
+    else:
+        assert store.read("a/b") == before
+        assert [info.key for info in store.list()] == ["a/b"]
+
+
+def test_a_file_that_grows_too_large_leaves_nothing(tmp_path: Path) -> None:
+    """As on a full disk or over a quota: the write breaks off with an error of the system."""
+    store = FileStore(tmp_path)
+    store.write("a", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "source").write_bytes(bytes(1 << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        for write in (
+            lambda: store.write("a", bytes(1 << 20)),
+            lambda: store.create("b", bytes(1 << 20)),
+            lambda: store.upload("c", tmp_path / "source"),
+        ):
+            with pytest.raises(DataError, match=rf"cannot write {store.url}/[abc]: File too large"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.read("a") == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "source"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """NFS and ext4 tell it as late as in fsync."""
+
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    store = FileStore(tmp_path)
+    with pytest.raises(DataError, match=rf"cannot write {store.url}/a: no space left; free some and run"):
+        store.create("a", b"1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_folder_and_the_reverse_are_named(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.write("file", b"1")
+    store.write("folder/a", b"1")
+    with pytest.raises(DataError, match=rf"cannot write {store.url}/file/a: "):
+        store.write("file/a", b"2")
+    with pytest.raises(DataError, match=rf"cannot write {store.url}/folder: "):
+        store.write("folder", b"2")
+    assert [info.key for info in store.list()] == ["file", "folder/a"]
+
+
+def test_a_key_too_long_for_the_file_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    with pytest.raises(DataError, match="cannot write .*: File name too long"):
+        store.write("x" * 300, b"1")
+    with pytest.raises(DataError, match="cannot read .*: File name too long"):
+        store.read("x" * 300)
+
+
+def test_nfs_may_deny_a_link_that_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reply to the first request was lost, the client asked again, and now there is one: ours."""
+    link = os.link
+
+    def twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", twice)
+    store = FileStore(tmp_path)
+    store.create("a", b"1")
+    assert store.read("a") == b"1"
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(AlreadyExists):
+        store.create("a", b"2")
+
+
+def test_a_listing_bears_that_others_delete_meanwhile(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    for key in ("a", "b/c", "d"):
+        store.write(key, b"1")
+    listing = store.list()
+    assert next(listing).key == "a"
+    store.delete("b/c")
+    assert [info.key for info in listing] == ["d"]
+
+
+class Wrong(FileStore):
+    """A store with one fault."""
+
+    fault = ""
+
+    def create(self, key: str, data: bytes) -> None:
+        if self.fault == "overwrites":
+            self.write(key, data)
+        elif self.fault == "refuses all":
+            raise AlreadyExists(key)
+        else:
+            super().create(key, data[:-1] if self.fault == "cuts" else data)
+
+    def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
+        shift = 1 if self.fault == "shifts ranges" else 0
+        return super().read_range(key, start + shift, length, etag)
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("", None),
+        ("overwrites", "16 of 16 create-once writers of one object were told that they had won"),
+        ("refuses all", "0 of 16 create-once writers of one object were told that they had won"),
+        ("cuts", "an object did not come back as it was written"),
+        ("shifts ranges", "a ranged read returned other bytes"),
+    ],
+)
+def test_the_probe_finds_what_a_store_gets_wrong(tmp_path: Path, fault: str, problem: str | None) -> None:
+    store = Wrong(tmp_path)
+    store.fault = fault
+    assert probe(store) == problem
+    assert [path.name for path in tmp_path.rglob("*")] == ["probe"]
+
+
+def test_the_probe_asks_often_enough_to_catch_a_store_that_is_wrong_now_and_then(tmp_path: Path) -> None:
+    """A check and then a write, as in Swift; every second race goes well by chance."""
+
+    class Seldom(FileStore):
+        races: set[str] = set()
+        lock = threading.Lock()
+
+        def create(self, key: str, data: bytes) -> None:
+            with self.lock:
+                self.races.add(key)
+                wrong = len(self.races) % 4 == 0
+            if wrong:
+                self.write(key, data)
+            else:
+                super().create(key, data)
+
+    assert RACES >= 8
+    assert probe(Seldom(tmp_path)) == (
+        f"{RACERS} of {RACERS} create-once writers of one object were told that they had won"
+    )
+
+
+@pytest.mark.services
+def test_the_probe_refuses_swift_for_runs(s3: S3Store) -> None:
+    problem = next(filter(None, (probe(s3) for _ in range(3))), None)
+    assert problem is not None
+    assert problem.endswith("of 16 create-once writers of one object were told that they had won")
+    assert list(s3.list()) == []
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_body_that_breaks_off_goes_on_where_it_was(
+    s3: S3Store, proxy: FaultProxy, waits: list[float], reset: bool
+) -> None:
+    s3.write("a", BODY)
+    etag = s3.head("a").etag
+    del proxy.requests[:]
+    proxy.faults += [Cut(100_000, reset), Cut(0, reset), Cut(100_000, reset)]
+    assert s3.read_range("a", 1000, 250_000, etag) == BODY[1000:251_000]
+    assert [method for method, _ in proxy.requests] == ["GET"] * 4
+    starts = [int(wanted.removeprefix("bytes=").split("-")[0]) for _, wanted in proxy.requests]
+    assert {wanted.split("-")[1] for _, wanted in proxy.requests} == {"250999"}
+    if reset:
+        # What of a piece of 64 KiB was under way when the reset came is lost.
+        assert starts == sorted(starts)
+        assert starts[3] >= 1000 + 2 * (1 << 16)
+    else:
+        assert starts == [1000, 101_000, 101_000, 201_000]
+
+
+@pytest.mark.services
+def test_a_whole_read_breaks_off_and_goes_on(s3: S3Store, proxy: FaultProxy, waits: list[float]) -> None:
+    s3.write("a", BODY)
+    del proxy.requests[:]
+    proxy.faults += [Cut(123_456)]
+    assert s3.read("a") == BODY
+    assert proxy.requests == [("GET", None), ("GET", "bytes=123456-299999")]
+
+
+@pytest.mark.services
+def test_a_body_that_breaks_off_every_time_is_given_up(
+    s3: S3Store, proxy: FaultProxy, waits: list[float]
+) -> None:
+    s3.write("a", BODY)
+    del proxy.requests[:]
+    proxy.faults += [Cut(10)] * 20
+    with pytest.raises(DataError, match=rf"{s3.url}/a: the connection broke 5 times"):
+        s3.read("a")
+    assert len(proxy.requests) == READ_ATTEMPTS == 5
+    assert sum(waits) < 10
+
+
+@pytest.mark.services
+def test_a_server_that_is_busy_is_asked_again(s3: S3Store, proxy: FaultProxy, waits: list[float]) -> None:
+    s3.write("a", BODY)
+    del proxy.requests[:]
+    proxy.faults += [Answer(503), Answer(500), Answer(503), Answer(503)]
+    assert s3.read("a") == BODY
+    assert len(proxy.requests) == READ_ATTEMPTS
+    assert 0 < sum(waits) <= 15
+    del proxy.requests[:]
+    proxy.faults += [Answer(503)] * 20
+    with pytest.raises(DataError, match=rf"{s3.url}/a: the object store answered 503"):
+        s3.read("a")
+    assert len(proxy.requests) == READ_ATTEMPTS
+    del proxy.requests[:], proxy.faults[:]
+    proxy.faults += [Cut(100_000), Answer(503), Cut(100_000), Answer(503), Answer(503)]
+    assert s3.read("a") == BODY
+    assert len(proxy.requests) == 6
+
+
+@pytest.mark.services
+def test_a_body_goes_on_with_the_same_version_only(
+    s3: S3Store, proxy: FaultProxy, waits: list[float], services: Site
+) -> None:
+    s3.write("a", BODY)
+    proxy.faults += [Cut(100_000), Meanwhile(lambda: s3.write("a", BODY[::-1]))]
+    with pytest.raises(DataError, match=rf"{s3.url}/a changed"):
+        s3.read_range("a", 0, 200_000)
+    assert s3.read("a") == BODY[::-1]
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("broken_before", [False, True])
+def test_a_server_that_knows_no_ranges_is_refused(
+    s3: S3Store, proxy: FaultProxy, waits: list[float], broken_before: bool
+) -> None:
+    """Its bytes, cut at the right length, would be others than those that were asked for."""
+    s3.write("a", BODY)
+    proxy.faults += [Cut(1000)] if broken_before else []
+    proxy.faults += [Answer(200, BODY[:199_000] if broken_before else BODY[:200_000])]
+    with pytest.raises(DataError, match=rf"{s3.url}/a: the object store sends another range"):
+        s3.read_range("a", 50_000, 200_000)
+
+
+@pytest.mark.services
+def test_the_parts_of_a_large_object_go_on_too(
+    s3: S3Store, proxy: FaultProxy, waits: list[float], tmp_path: Path
+) -> None:
+    """The ETag of an object of several parts is none of its bytes'; `If-Match` must do with it."""
+    data = random.Random(2).randbytes(17 << 20)
+    (tmp_path / "shard").write_bytes(data)
+    s3.upload("shard", tmp_path / "shard")
+    etag = s3.head("shard").etag
+    assert "-3" in etag
+    proxy.faults += [Cut(9 << 20), Cut(3 << 20, reset=True)]
+    assert s3.read_range("shard", 100, 16 << 20, etag) == data[100 : 100 + (16 << 20)]
+
+
+@pytest.mark.services
+def test_a_create_whose_reply_is_lost_has_won(s3: S3Store, proxy: FaultProxy, waits: list[float]) -> None:
+    """botocore writes again and is told that there is an object: its own."""
+    proxy.faults += [LoseReply()]
+    s3.create("a", b"mine")
+    assert s3.read("a") == b"mine"
+    assert [method for method, _ in proxy.requests] == ["PUT", "PUT", "HEAD", "GET"]
+    proxy.faults += [LoseReply()]
+    with pytest.raises(AlreadyExists):
+        s3.create("a", b"mine")
+
+
+@pytest.mark.services
+def test_a_create_that_met_a_delete_is_done_again(s3: S3Store, proxy: FaultProxy) -> None:
+    proxy.faults += [Answer(409, CONFLICT)]
+    s3.create("a", b"mine")
+    assert s3.read("a") == b"mine"
+    assert [method for method, _ in proxy.requests] == ["PUT", "HEAD", "PUT", "GET"]
+    proxy.faults += [fault for _ in range(READ_ATTEMPTS) for fault in (Answer(409, CONFLICT), Answer(404))]
+    with pytest.raises(DataError, match=rf"{s3.url}/b: the object store refuses it and holds none"):
+        s3.create("b", b"mine")
+
+
+CONFLICT = (
+    b'<?xml version="1.0"?><Error><Code>ConditionalRequestConflict</Code><Message>At once</Message></Error>'
+)
+
+
+@pytest.mark.services
+def test_a_bucket_that_is_not_there_is_named(s3: S3Store, tmp_path: Path) -> None:
+    nowhere = open_store("s3://nobody-made-this/x")
+    (tmp_path / "large").write_bytes(bytes(9 << 20))
+    for call in (
+        lambda: nowhere.read("a"),
+        lambda: nowhere.write("a", b"1"),
+        lambda: nowhere.create("a", b"1"),
+        lambda: nowhere.upload("a", tmp_path / "large"),
+        lambda: list(nowhere.list()),
+    ):
+        with pytest.raises(NotFound, match="no bucket for s3://nobody-made-this/x/"):
+            call()
+
+
+@pytest.mark.services
+def test_markers_of_folders_are_no_objects(s3: S3Store) -> None:
+    s3.write("", b"")
+    s3.write("sub/", b"")
+    s3.write("sub/a", b"1")
+    assert [info.key for info in s3.list()] == ["sub/a"]
+
+
+def point_to(services: Site, patch: pytest.MonkeyPatch, folder: Path, keys: str) -> None:
+    """Other credentials for the same server."""
+    (folder / "credentials").write_text(keys)
+    patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
+    storage.s3_client.cache_clear()
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("wrong", ["aws_access_key_id", "aws_secret_access_key"])
+def test_wrong_credentials_are_refused_with_advice(
+    services: Site, s3: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str
+) -> None:
+    assert services.aws_credentials_file is not None
+    lines = services.aws_credentials_file.read_text().splitlines()
+    changed = [f"{line}x" if line.startswith(wrong) else line for line in lines]
+    point_to(services, monkeypatch, tmp_path, "\n".join(changed))
+    (tmp_path / "large").write_bytes(bytes(9 << 20))
+    for call in (
+        lambda: s3.read("a"),
+        lambda: s3.head("a"),
+        lambda: list(s3.list()),
+        lambda: s3.upload("a", tmp_path / "large"),
+    ):
+        with pytest.raises(DataError, match="the object store refused the credentials .*; check the AWS pr"):
+            call()
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("keys", ["[other]\n", "[default]\naws_access_key_id = a\n"], ids=["none", "half"])
+def test_missing_credentials_are_told(
+    services: Site, s3: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keys: str
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    point_to(services, monkeypatch, tmp_path, keys)
+    with pytest.raises(DataError, match=rf"{s3.url}/a: no S3 credentials \(.*set up an AWS profile"):
+        s3.read("a")
+    with pytest.raises(DataError, match="no S3 credentials"):
+        list(s3.list())
+
+
+@pytest.mark.services
+def test_a_server_that_is_down_is_told_in_seconds(
+    services: Site, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
+    storage.s3_client.cache_clear()
+    store = open_store("s3://vitscale/x")
+    for call in (
+        lambda: store.read("a"),
+        lambda: store.create("a", b"1"),
+        lambda: list(store.list()),
+        lambda: probe(store),
+    ):
+        del waits[:]
+        with pytest.raises(DataError, match=rf"s3://vitscale/x.*cannot be reached .*{port}.*is it up\?"):
+            call()
+        assert sum(waits) <= 15 * RACERS
+    storage.s3_client.cache_clear()
+
+
+@pytest.mark.services
+def test_exported_keys_do_not_win_over_the_file_that_was_given(
+    services: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if services.s3_endpoint is None:
+        pytest.skip("the object store needs a file system with user xattrs")
+    given = os.environ | services.environment()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-another-store")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-another-store")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-another-store")
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    for _ in range(2):
+        ensure_bucket("s3://made-here/x", environment=given)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        given[name] = "exported by the user"
+    with pytest.raises(DataError, match="refused the credentials"):
+        ensure_bucket("s3://made-here/x", environment=given)
+
+
+def test_object_infos_are_plain() -> None:
+    assert ObjectInfo("a", 1, "x") == ObjectInfo("a", 1, "x")
