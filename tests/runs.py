@@ -79,20 +79,32 @@ class HookedStore:
 
 
 @dataclass
-class Die:
-    """SIGKILL right before, or after, this process writes its nth object, from 0, whose key has `part`."""
+class At:
+    """Calls `action` once, right before this process writes its nth object, from 0, whose key has `part`.
+
+    With `after`, right after that: before it writes anything else.
+    """
 
     part: str
     nth: int
+    action: Callable[[], None]
     after: bool = False
 
     def __call__(self, key: str) -> None:
-        if self.nth < 0 or (self.nth == 0 and not self.after and self.part in key):
-            os.kill(os.getpid(), signal.SIGKILL)
+        left = self.nth
         self.nth -= self.part in key
+        if left == 0 and not self.after and self.part in key:
+            self.action()
+        if left == -1 and self.after:
+            self.after = False
+            self.action()
 
     def __str__(self) -> str:
         return f"{'after' if self.after else 'before'}-{self.part}-{self.nth}"
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def head_manifest(run_url: str) -> Manifest:

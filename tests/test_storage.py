@@ -29,7 +29,6 @@ from workers.storage import (
     AlreadyExists,
     FileStore,
     NotFound,
-    ObjectInfo,
     S3Store,
     Store,
     ensure_bucket,
@@ -43,14 +42,13 @@ BODY = random.Random(0).randbytes(300_000)
 
 @pytest.fixture
 def proxy(services: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """In front of the object store; this process's S3 client goes through it and does not wait."""
+    """In front of the object store; this process's S3 client goes through it."""
     if services.s3_endpoint is None:
         pytest.skip("the object store needs a file system with user xattrs")
     with FaultProxy(services.s3_endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
         storage.s3_client.cache_clear()
         yield proxy
-        storage.s3_client().close()
     storage.s3_client.cache_clear()
 
 
@@ -126,20 +124,18 @@ def test_create_never_replaces(store: Store) -> None:
     assert store.read("runs/1") == b"third"
 
 
-def test_a_listing_has_each_object_below_the_prefix_in_the_order_of_keys(
-    store: Store, tmp_path: Path
-) -> None:
-    keys = ["a", "a.b", "a/b", "a/b/c", "a/d/.hidden", "ab", "b/a", "ä/ü 1+2%.tar"]
-    for key in keys:
-        store.write(key if key not in ("a", "a/b") else f"{key}-", key.encode())
-    keys = sorted(key if key not in ("a", "a/b") else f"{key}-" for key in keys)
+def test_a_listing_has_each_object_below_the_prefix_in_the_order_of_keys(store: Store) -> None:
+    keys = ["a-", "a.b", "a/b-", "a/b/c", "a/d/.hidden", "ab", "b/a", "ä/ü 1+2%.tar"]
+    assert keys == sorted(keys)
+    for key in reversed(keys):
+        store.write(key, key.encode())
     found = list(store.list())
     assert [info.key for info in found] == keys
     assert found == [store.head(key) for key in keys]
     for prefix in ("a", "a/", "a/b", "a/b/", "a/d/.h", "ä/ü 1+", "none", "none/at/all"):
         assert [info.key for info in store.list(prefix)] == [key for key in keys if key.startswith(prefix)]
     for key in keys:
-        assert open_store(store.url).read(key)
+        assert open_store(store.url).read(key) == key.encode()
         store.delete(key)
     assert list(store.list()) == []
 
@@ -344,9 +340,9 @@ def test_a_file_in_the_place_of_a_folder_and_the_reverse_are_named(tmp_path: Pat
 
 def test_a_key_too_long_for_the_file_system_is_an_error_of_ours(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
-    with pytest.raises(DataError, match="cannot write .*: File name too long"):
+    with pytest.raises(DataError, match=r"cannot write .*: File name too long"):
         store.write("x" * 300, b"1")
-    with pytest.raises(DataError, match="cannot read .*: File name too long"):
+    with pytest.raises(DataError, match=r"cannot read .*: File name too long"):
         store.read("x" * 300)
 
 
@@ -409,20 +405,19 @@ def test_the_probe_finds_what_a_store_gets_wrong(tmp_path: Path, fault: str, pro
     store = Wrong(tmp_path)
     store.fault = fault
     assert probe(store) == problem
-    assert [path.name for path in tmp_path.rglob("*")] == ["probe"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_probe_asks_often_enough_to_catch_a_store_that_is_wrong_now_and_then(tmp_path: Path) -> None:
-    """A check and then a write, as in Swift; every second race goes well by chance."""
+    """Three of four races go well."""
+    races: set[str] = set()
+    lock = threading.Lock()
 
     class Seldom(FileStore):
-        races: set[str] = set()
-        lock = threading.Lock()
-
         def create(self, key: str, data: bytes) -> None:
-            with self.lock:
-                self.races.add(key)
-                wrong = len(self.races) % 4 == 0
+            with lock:
+                races.add(key)
+                wrong = len(races) % 4 == 0
             if wrong:
                 self.write(key, data)
             else:
@@ -616,7 +611,7 @@ def test_wrong_credentials_are_refused_with_advice(
         lambda: list(s3.list()),
         lambda: s3.upload("a", tmp_path / "large"),
     ):
-        with pytest.raises(DataError, match="the object store refused the credentials .*; check the AWS pr"):
+        with pytest.raises(DataError, match=r"the object store refused the credentials .*; check the AWS"):
             call()
 
 
@@ -651,6 +646,7 @@ def test_a_server_that_is_down_is_told_in_seconds(
         del waits[:]
         with pytest.raises(DataError, match=rf"s3://vitscale/x.*cannot be reached .*{port}.*is it up\?"):
             call()
+        # The probe's racers wait side by side.
         assert sum(waits) <= 15 * RACERS
     storage.s3_client.cache_clear()
 
@@ -673,7 +669,3 @@ def test_exported_keys_do_not_win_over_the_file_that_was_given(
         given[name] = "exported by the user"
     with pytest.raises(DataError, match="refused the credentials"):
         ensure_bucket("s3://made-here/x", environment=given)
-
-
-def test_object_infos_are_plain() -> None:
-    assert ObjectInfo("a", 1, "x") == ObjectInfo("a", 1, "x")

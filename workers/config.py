@@ -216,7 +216,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected fields, found {type(values).__name__}")
-    return _plain(values)
+    return _plain(values, str(path))
 
 
 def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             node[last] = _parse(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from None
-    return result
+    return _plain(result)
 
 
 class _Loader(yaml.SafeLoader):
@@ -261,12 +261,12 @@ def _parse(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, Any], where: str = "configuration") -> dict[str, Any]:
     """As JSON has it: what else YAML knows, such as dates, becomes text."""
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"not a configuration: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     return plain
 
 

@@ -17,7 +17,7 @@ from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT, read_config, resolve, run_job
 from pipelines.recipes import DataFacts, read_facts, vit_digits
 from pipelines.scaling.laws import PowerLaw, error_rate, fit_power_law, wilson_interval
-from workers.config import Part, RunConfig, explain, make_config, read_yaml
+from workers.config import Part, RunConfig, explain, make_config, override, read_yaml
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
 from workers.storage import open_store
@@ -53,12 +53,18 @@ class RungResult:
 
 
 def read_study(text: str, data: str | None) -> Study:
-    """From a YAML file, whose `base` may be a recipe's name, or by name: `small`."""
+    """From a YAML file or by name (`small`).
+
+    In a file `base` is a configuration or a recipe's name, and `set` changes fields of it, by dotted names.
+    """
     if text == "small":
         return small_study(_need_data(data, "study small"))
     values = read_yaml(Path(text))
+    changes = [f"{name}={json.dumps(value)}" for name, value in values.pop("set", {}).items()]
     if isinstance(values.get("base"), str):
-        values["base"] = read_config(values["base"], data, ()).model_dump(mode="json")
+        values["base"] = read_config(values["base"], data, changes).model_dump(mode="json")
+    elif isinstance(values.get("base"), dict):
+        values["base"] = override(values["base"], changes)
     try:
         study = Study.model_validate_json(json.dumps(values))
     except ValidationError as error:

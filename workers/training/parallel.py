@@ -22,10 +22,9 @@ def worker_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: NCCL would wait for ranks that may be gone, and the process is about to end.
+    dist.destroy_process_group()
 
 
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
@@ -48,8 +47,11 @@ def broadcast_integers(values: list[int], device: torch.device) -> list[int]:
     return [int(value) for value in tensor.tolist()]
 
 
-def all_agree(mine: bool, device: torch.device) -> bool:
-    """True if it is true on every rank."""
-    flag = torch.tensor(int(mine), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag.item())
+def first_text(mine: str, device: torch.device) -> str:
+    """The text, cut to 1,000 bytes, of the first rank that has one; on every rank. "" if none has."""
+    data = mine.encode()[:1000].ljust(1000, b"\0")
+    row = torch.tensor(list(data), dtype=torch.uint8, device=device)
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    texts = (bytes(other.tolist()).rstrip(b"\0").decode(errors="ignore") for other in rows)
+    return next(filter(None, texts), "")

@@ -17,7 +17,7 @@ from workers.storage import Store
 from workers.training import checkpoint
 from workers.training.commits import CommitLog, Lease
 from workers.training.metrics import EventWriter
-from workers.training.parallel import all_agree, broadcast_integers
+from workers.training.parallel import broadcast_integers, first_text
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +50,27 @@ class TrainState:
 
     def resume(self) -> None:
         """Go on from the newest commit whose every byte is what was committed; all ranks choose the same."""
-        first_problem = ""
+        problems = []
         for commit in CommitLog(self.store).lineage_from(self.lease.continues):
-            usable = True
+            problem = ""
             try:
                 manifest = checkpoint.read_manifest(self.store, commit.manifest, commit.digest)
                 self.order.check(manifest.order)
                 checkpoint.load_into(self.store, manifest, self.model, self.optimizer)
             except CheckpointError as error:
-                usable = False
-                first_problem = first_problem or str(error)
-                log.warning("commit %d cannot be used, trying its parent: %s", commit.seq, error)
-            if all_agree(usable, self.device):
+                problem = str(error)
+            problem = first_text(problem, self.device)
+            if not problem:
                 self.step = manifest.step
                 self.parent, self.parent_digest = commit.seq, commit.digest
                 log.info("%s goes on from image %d", self.config.run, self.images_seen)
                 return
+            problems.append(problem)
+            log.warning("commit %d cannot be used, trying its parent: %s", commit.seq, problem)
         if self.lease.continues is not None:
             raise CheckpointError(
                 f"{self.store.url}: none of this run's commits can be used; restore what is missing, or "
-                f"delete the run to start again; {first_problem or 'the logs of the other ranks say why'}"
+                f"delete the run to start again; the newest: {problems[0]}"
             )
 
     def commit(self, metrics: dict[str, float], events: EventWriter | None) -> None:
