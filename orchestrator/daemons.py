@@ -98,8 +98,6 @@ def make_daemons(
     if "object-store" in ports:
         # Last, because its ring files can be made while the others start.
         daemons.append(_object_store(directory, site, ports["object-store"], progress))
-    elif site.s3_endpoint is not None:
-        create_buckets(site)
     return daemons
 
 

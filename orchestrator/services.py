@@ -9,6 +9,7 @@ data, use services of a cluster and a site file of your own.
 """
 
 import contextlib
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from orchestrator.daemons import (
     PUBLIC_PORTS,
     Daemon,
     answers,
+    create_buckets,
     make_daemons,
     make_site,
     running_cpus,
@@ -43,8 +45,10 @@ from orchestrator.processes import (
 )
 from orchestrator.site import Site
 from workers.errors import ConfigError, VitscaleError
+from workers.storage import ensure_bucket, open_store, probe
 
 LABELS: dict[ServiceName, str] = {"object-store": "object store", "mlflow": "MLflow", "ray": "Ray"}
+RUNS_BUCKET = "s3://vitscale-runs"
 START_SECONDS = 90
 BUSY_SECONDS = 10
 """How long a service whose processes live may fail to answer before it counts as unhealthy."""
@@ -87,6 +91,8 @@ def up(
         _end_unhealthy(directory, state, progress)
         ports = _choose_ports(state, asked, progress)
         site = make_site(directory, object_store, ports)
+        if object_store.startswith("http"):
+            site = _settle_runs(directory, site, progress)
         cpus = num_cpus or running_cpus(state.services.get("ray"))
         daemons = make_daemons(directory, site, ports, cpus, progress)
         _end_changed(directory, state, daemons, progress)
@@ -143,6 +149,23 @@ def _usable_store(directory: Path, wish: str, s3_port: int | None, progress: Pro
     if s3_port is not None:
         raise ConfigError(f"s3_port {s3_port} is for the built-in object store, not for {wish}")
     return wish
+
+
+def _settle_runs(directory: Path, site: Site, progress: Progress) -> Site:
+    """On somebody's own S3 server runs live there, too, if it creates once atomically; asked once."""
+    path = directory / "site.yaml"
+    before = Site.load(path) if path.exists() else None
+    if before is not None and before.s3_endpoint == site.s3_endpoint:
+        return site.model_copy(update={"runs": before.runs})
+    environment = os.environ | site.environment()
+    create_buckets(site)
+    ensure_bucket(RUNS_BUCKET, environment=environment)
+    problem = probe(open_store(RUNS_BUCKET, environment=environment))
+    if problem is not None:
+        progress(f"{LABELS['object-store']:<13} {site.s3_endpoint} cannot hold runs: {problem}")
+        progress(f"{LABELS['object-store']:<13} runs go to {site.runs}")
+        return site
+    return site.model_copy(update={"runs": RUNS_BUCKET})
 
 
 def _end_unhealthy(directory: Path, state: State, progress: Progress) -> None:

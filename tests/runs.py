@@ -99,9 +99,6 @@ class At:
             self.after = False
             self.action()
 
-    def __str__(self) -> str:
-        return f"{'after' if self.after else 'before'}-{self.part}-{self.nth}"
-
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -68,17 +69,22 @@ def make_odd(seed, config):
     return model, make_optimizer(model, config.optim)
 
 
-def full(model, optimizer):
-    """All state as numpy, by name."""
-    state = {name: value.full_tensor() for name, value in model.named_parameters()}
+def rows(model, optimizer):
+    """This rank's rows of all state as numpy, by name; the scalars of the optimizer are rows of their own."""
+    state = {name: value.to_local() for name, value in model.named_parameters()}
     for name, value in model.named_parameters():
         for moment, number in optimizer.state[value].items():
-            state[f"state.{name}.{moment}"] = number.full_tensor() if number.ndim else number
+            state[f"state.{name}.{moment}"] = number.to_local() if number.ndim else number[None]
     return {name: value.detach().numpy().copy() for name, value in state.items()}
 
 
+def whole(by_rank):
+    """All rows; of the scalars one per rank."""
+    return {name: np.concatenate([rank[name] for rank in by_rank]) for name in by_rank[0]}
+
+
 def save_odd(config, url):
-    """Before the first optimizer step and after two; (key, digest, state) of each."""
+    """Before the first optimizer step and after two; (key, digest, rows) of each."""
     store = open_store(url)
     world_size = dist.get_world_size()
     model, optimizer = make_odd(world_size, config)
@@ -106,7 +112,7 @@ def save_odd(config, url):
             digest = hashlib.sha256(manifest.to_bytes()).hexdigest()
             if dist.get_rank() == 0:
                 store.create(f"{directory}/{MANIFEST}", manifest.to_bytes())
-            saved.append((f"{directory}/{MANIFEST}", digest, full(model, optimizer)))
+            saved.append((f"{directory}/{MANIFEST}", digest, rows(model, optimizer)))
         model(torch.randn(4, 5)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,37 +120,42 @@ def save_odd(config, url):
 
 
 def load_odd(config, url, checkpoints):
-    """The state that each checkpoint gives to a model with other weights, and its state one step later."""
+    """Rows of a model with other weights after it loaded each checkpoint, and one step later."""
     store = open_store(url)
     loaded = []
     for key, digest in checkpoints:
         model, optimizer = make_odd(99, config)
         load_into(store, read_manifest(store, key, digest), model, optimizer)
-        before = full(model, optimizer)
+        before = rows(model, optimizer)
         model(torch.ones(2, 5)).square().sum().backward()
         optimizer.step()
-        loaded.append((before, full(model, optimizer)))
+        loaded.append((before, rows(model, optimizer)))
     return loaded
 
 
 def test_saved_on_n_ranks_loads_on_m(digits_url, store_url):
     config = tiny_config(digits_url)
-    saved = [
-        checkpoint
-        for world_size in (1, 2, 3, 4)
-        for checkpoint in on_ranks(world_size, save_odd, config, store_url)[0]
-    ]
-    assert [len(state) for _, _, state in saved] == [7, 7 + 3 * 7] * 4
+    saved = {}
+    for world_size in (1, 2, 3, 4):
+        for by_rank in zip(*on_ranks(world_size, save_odd, config, store_url), strict=True):
+            key, digest, _ = by_rank[0]
+            saved[key, digest] = whole([state for _, _, state in by_rank])
+    assert [len(state) for state in saved.values()] == [7, 7 + 3 * 7] * 4
     continued = {}
     for world_size in (1, 2, 3, 4):
-        checkpoints = [(key, digest) for key, digest, _ in saved]
-        for loaded in on_ranks(world_size, load_odd, config, store_url, checkpoints):
-            for (key, _, expected), (found, later) in zip(saved, loaded, strict=True):
-                assert found.keys() == expected.keys()
-                assert all((found[name] == expected[name]).all() for name in expected), (key, world_size)
-                first = continued.setdefault(key, later)
-                for name, value in first.items():
-                    assert later[name] == pytest.approx(value, abs=1e-6), (key, world_size, name)
+        loaded = zip(*on_ranks(world_size, load_odd, config, store_url, list(saved)), strict=True)
+        for ((key, _), expected), by_rank in zip(saved.items(), loaded, strict=True):
+            found, later = whole([state for state, _ in by_rank]), whole([state for _, state in by_rank])
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                if name.endswith(".step"):
+                    assert found[name].tolist() == [2] * world_size
+                else:
+                    assert np.array_equal(found[name], value), (key, world_size, name)
+            first = continued.setdefault(key, later)
+            for name in first.keys() & expected.keys():
+                if not name.endswith(".step"):
+                    assert later[name] == pytest.approx(first[name], abs=1e-6), (key, world_size, name)
 
 
 @pytest.fixture(scope="module")
@@ -457,15 +468,14 @@ def take_over(url):
 
 
 @pytest.mark.parametrize(
-    ("part", "after", "goes_on_from"),
+    ("world_size", "part", "after", "goes_on_from"),
     [
-        ("model-00000", False, 0),
-        ("MANIFEST", False, 0),
-        ("commits", False, 0),  # between the check of the lease and the write
-        ("commits", True, 1),
+        (1, "model-00000", False, 0),
+        (1, "commits", False, 0),  # between the check of the lease and the write
+        (1, "commits", True, 1),
+        (2, "MANIFEST", False, 0),
     ],
 )
-@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_writer_that_was_thought_dead_cannot_commit(
     config, complete, store_url, world_size, part, after, goes_on_from
 ):

@@ -53,7 +53,7 @@ def plain(digits_url):
             label = int(members[name.replace(".png", ".cls")])
             pixels = eval_transform(decode(data, channels=1), size=8)
             with torch.no_grad():
-                logits = model(torch.from_numpy(pixels)[None] / 127.5 - 1)
+                logits = model(torch.tensor(pixels)[None] / 127.5 - 1)
             confusion[label][logits.argmax().item()] += 1
             total += functional.cross_entropy(logits, torch.tensor([label])).item()
     return confusion, total

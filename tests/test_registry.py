@@ -278,10 +278,14 @@ def test_the_same_promotion_again_changes_nothing_but_repairs_mlflow(
 @pytest.mark.parametrize(
     ("gate", "error", "said"),
     [
-        (Gate(minimum=0.91), CheckpointError, "was not promoted: val_accuracy 0.9000 is below the gate's 0.91"),
+        (
+            Gate(minimum=0.91),
+            CheckpointError,
+            "was not promoted: val_accuracy 0.9000 is below the gate's 0.91",
+        ),
         (Gate("top5"), ConfigError, "has no metric 'top5'; it has val_accuracy, val_images, val_loss"),
     ],
-)  # fmt: skip
+)
 def test_a_gate_refuses(
     registry: Registry, mlflow: FakeMlflow, store_url: str, gate: Gate, error: type[Exception], said: str
 ) -> None:

@@ -193,28 +193,24 @@ def undisturbed(interrupted_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "crash"),
+    ("world_size", "crashes"),
     [
-        (1, At("model-00000", 0, die)),
-        (1, At("MANIFEST", 0, die)),
-        (1, At("commits", 0, die)),
-        (1, At("commits", 0, die, after=True)),
-        (1, At("optimizer-00000", 1, die)),
-        (1, At("commits", 9, die)),
-        (2, At("optimizer-00001", 0, die)),
-        (2, At("model-00001", 3, die)),
-        (2, At("MANIFEST", 3, die)),
-        (2, At("commits", 8, die, after=True)),
+        (1, [At("model-00000", 0, die), At("MANIFEST", 0, die), At("commits", 0, die)]),
+        (1, [At("commits", 0, die, after=True), At("optimizer-00000", 1, die), At("commits", 7, die)]),
+        (2, [At("optimizer-00001", 0, die), At("model-00001", 3, die)]),
+        (2, [At("MANIFEST", 3, die), At("commits", 4, die, after=True)]),
     ],
-    ids=str,
 )
-def test_a_run_that_died_while_committing_ends_bit_equal(
-    interrupted_config, undisturbed, store_url, world_size, crash
+def test_a_run_that_dies_again_and_again_while_committing_ends_bit_equal(
+    interrupted_config, undisturbed, store_url, world_size, crashes
 ):
-    with Ranks(world_size, train_rank, interrupted_config, store_url, crash) as ranks:
-        ranks.wait_for_death()
-    head = CommitLog(open_store(store_url)).head()
-    assert (head.seq + 1 if head else 0) == crash.nth + crash.after
+    commits = 0
+    for crash in crashes:
+        with Ranks(world_size, train_rank, interrupted_config, store_url, crash) as ranks:
+            ranks.wait_for_death()
+        commits += crash.nth + crash.after
+        head = CommitLog(open_store(store_url)).head()
+        assert (head.seq + 1 if head else 0) == commits
     assert train_on(world_size, interrupted_config, store_url) == []
     assert outcome(store_url) == outcome(undisturbed[world_size])
     assert replay(store_url) == replay(undisturbed[world_size])
@@ -222,21 +218,21 @@ def test_a_run_that_died_while_committing_ends_bit_equal(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_killed_at_random_again_and_again_ends_bit_equal(
+def test_a_run_that_is_killed_at_random_ends_bit_equal(
     interrupted_config, undisturbed, store_url, world_size, seed
 ):
     rng = random.Random(seed)
     commits = CommitLog(open_store(store_url))
     kills = 0
     while (head := commits.head()) is None or not head.complete:
-        target = (head.seq if head else -1) + rng.randint(0, 2)
+        target = (head.seq if head else -1) + rng.randint(1, 4)
         with Ranks(world_size, train_rank, interrupted_config, store_url) as ranks:
             while ranks.alive() and ((now := commits.head()) is None or now.seq < target):
-                time.sleep(0.001)
+                time.sleep(0.005)
             if ranks.alive():
                 time.sleep(rng.uniform(0, 0.1))
             kills += ranks.alive()
-    assert kills > 1
+    assert kills
     assert outcome(store_url) == outcome(undisturbed[world_size])
     assert replay(store_url) == replay(undisturbed[world_size])
 

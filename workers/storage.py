@@ -21,7 +21,7 @@ import stat
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -79,10 +79,14 @@ class Store(Protocol):
     def delete(self, key: str) -> None: ...
 
 
-def open_store(url: str) -> Store:
-    """A store below `s3://bucket[/prefix]` or `file:///directory`."""
+def open_store(url: str, *, environment: Mapping[str, str] | None = None) -> Store:
+    """A store below `s3://bucket[/prefix]` or `file:///directory`.
+
+    `environment` says where S3 is and who asks, in AWS's variables; by default this process's own does.
+    """
     if match := re.fullmatch(r"s3://([A-Za-z0-9][A-Za-z0-9._-]+)(/[^?#]*)?", url):
-        return S3Store(match[1], (match[2] or "").strip("/"))
+        client = s3_client if environment is None else functools.partial(_new_client, dict(environment))
+        return S3Store(match[1], (match[2] or "").strip("/"), client)
     if match := re.fullmatch(r"file://(?:localhost)?(/[^?#]*)", url):
         return FileStore(Path(urllib.parse.unquote(match[1])))
     shown = re.sub("//.*@", "//...@", url)
@@ -183,9 +187,10 @@ class FileStore:
 
 
 class S3Store:
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, client: Callable[[], Any]) -> None:
         self.bucket = bucket
         self.prefix = prefix
+        self._client = functools.cache(client)
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def _key(self, key: str) -> str:
@@ -193,7 +198,7 @@ class S3Store:
 
     def _call(self, operation: str, key: str, **arguments: Any) -> Any:
         with _s3_errors(join_url(self.url, key)):
-            return getattr(s3_client(), operation)(Bucket=self.bucket, Key=self._key(key), **arguments)
+            return getattr(self._client(), operation)(Bucket=self.bucket, Key=self._key(key), **arguments)
 
     def read(self, key: str) -> bytes:
         return self._get(key, 0, None, None)
@@ -235,7 +240,7 @@ class S3Store:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         skip = len(self.prefix) + 1 if self.prefix else 0
         with _s3_errors(join_url(self.url, prefix)):
-            paginator = s3_client().get_paginator("list_objects_v2")
+            paginator = self._client().get_paginator("list_objects_v2")
             for page in paginator.paginate(Bucket=self.bucket, Prefix=self._key(prefix)):
                 for item in page.get("Contents", []):
                     # Consoles mark "folders" by empty objects whose keys end in a slash.
@@ -247,7 +252,7 @@ class S3Store:
 
     def upload(self, key: str, path: Path) -> None:
         with _s3_errors(join_url(self.url, key)):
-            s3_client().upload_file(str(path), self.bucket, self._key(key))
+            self._client().upload_file(str(path), self.bucket, self._key(key))
 
     def create(self, key: str, data: bytes) -> None:
         # The mark tells our own object from another's when the reply to a write was lost and botocore,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -24,6 +24,10 @@ from workers.storage import open_store
 from workers.training.checkpoint import read_manifest
 from workers.training.commits import CommitLog
 
+RESNET_LEARNING_RATE = 1e-2
+"""For AdamW and a small ResNet with GroupNorm. With the toy ViTs' 1e-3 and 2e-3 it was worse: after 2 epochs
+on 16,000 CIFAR-10 images 22 % right against 29 %, on 467 digits 98.7 % against 99.7 %."""
+
 
 class Study(Part):
     """All rungs see the same number of images, so data sizes differ in how often an image comes again."""
@@ -34,6 +38,8 @@ class Study(Part):
     resnet_sizes: tuple[str, ...]
     num_images: tuple[int, ...]
     """Distinct training images."""
+    resnet_learning_rate: float | None = Field(default=None, gt=0)
+    """The ResNets' own, since a rate that suits a ViT seldom suits them; None: the base's."""
 
     @property
     def name(self) -> str:
@@ -91,21 +97,24 @@ def small_study(data: DataFacts, base: RunConfig | None = None, *, epochs: float
         ),
         vit_sizes=("digits-xs", "digits-s", "digits"),
         resnet_sizes=("8",),
-        num_images=(data.num_images // 8, data.num_images // 3, data.num_images),
+        num_images=tuple(sorted({max(1, data.num_images // part) for part in (8, 3, 1)})),
+        resnet_learning_rate=RESNET_LEARNING_RATE,
     )
 
 
 def rungs(study: Study) -> list[RunConfig]:
     """Smallest first; the ResNets after the ViTs."""
     models = [("vit", size) for size in study.vit_sizes] + [("resnet", size) for size in study.resnet_sizes]
-    return [_rung(study.base, family, size, images) for family, size in models for images in study.num_images]
+    return [_rung(study, family, size, images) for family, size in models for images in study.num_images]
 
 
-def _rung(base: RunConfig, family: str, size: str, num_images: int) -> RunConfig:
-    values = base.model_dump(mode="json")
-    values["name"] = f"{base.name}-{family}-{size}-n{num_images}"
+def _rung(study: Study, family: str, size: str, num_images: int) -> RunConfig:
+    values = study.base.model_dump(mode="json")
+    values["name"] = f"{study.base.name}-{family}-{size}-n{num_images}"
     values["model"] |= {"family": family, "size": size}
     values["data"]["subset"] = num_images
+    if family == "resnet" and study.resnet_learning_rate is not None:
+        values["optim"]["learning_rate"] = study.resnet_learning_rate
     return make_config(values)
 
 
