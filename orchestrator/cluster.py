@@ -4,88 +4,157 @@ Ray's word on a job is a hint: whether a run is complete is what its commit log 
 is the digest of its specification and a number, so the same command finds the job that is still running.
 """
 
-import logging
+import contextlib
+import re
 import shlex
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from orchestrator.job import JobSpec, read_failure, run_url, write_spec
+from orchestrator.job import JobSpec, clear_reports, read_failure, run_url, write_spec
 from orchestrator.site import Site
 from workers.errors import DataError, VitscaleError
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
-log = logging.getLogger(__name__)
-
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 30.0
+"""How long Ray's head may be too busy to answer before following a job ends."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+LOG_LINES = 15
+RUNS = "runs"
+"""Key of a job's metadata: the runs that it trains, with commas between."""
+JOB_ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",
+    # Ray asks its workers every 2 s whether they have ended or died; a killed one costs less so.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A job that is stopped says so in MLflow; Ray's 3 s are too few for that.
+    "RAY_JOB_STOP_WAIT_TIME_S": "20",
+    # MLflow's client would try for minutes, and at the end of a run somebody waits for it.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""Of every process of a job; no secret is ever in it, since Ray shows it to whoever asks."""
 
 
 class Cluster:
     def __init__(self, site: Site) -> None:
-        self._site = site
-        try:
+        self._url = site.ray
+        with self._errors():
             self._client = JobSubmissionClient(site.ray)
-        except AuthenticationError as error:
-            raise DataError(
-                f"Ray at {site.ray} refused the token; name its file in the site's ray_token_file"
-            ) from error
-        except (ConnectionError, RuntimeError) as error:
-            raise DataError(
-                f"Ray at {site.ray} cannot be reached ({error}); is it up? `vitscale up`"
-            ) from error
 
     def start(self, spec: JobSpec) -> str:
         """The running job of this specification if there is one, else a new one; returns its id."""
-        attempts = self._attempts(spec)
-        if attempts and attempts[-1].status not in ENDED:
-            return str(attempts[-1].submission_id)
-        write_spec(spec)
-        job = f"{spec.digest[:16]}-{len(attempts)}"
-        entrypoint = [sys.executable, "-P", "-m", "orchestrator.driver", spec.runs, spec.digest, job]
-        self._client.submit_job(
-            entrypoint=shlex.join(entrypoint),
-            submission_id=job,
-            runtime_env={"env_vars": {"PYTHONSAFEPATH": "1"}},
-            metadata={"runs": ",".join(config.run for config in spec.configs)[:1000]},
-        )
-        return job
+        with self._errors():
+            jobs = self._jobs()
+            running = {job: details for job, details in jobs.items() if details.status not in ENDED}
+            earlier = [job for job in jobs if _is_of(job, spec)]
+            for job in earlier:
+                if job in running:
+                    return job
+            _refuse_second_writer(spec, running)
+            number = max((int(job.rpartition("-")[2]) for job in earlier), default=-1) + 1
+            return self._submit(spec, f"{spec.digest[:16]}-{number}")
 
     def follow(self, spec: JobSpec, job: str, on_tick: Callable[[], None]) -> None:
         """Until all runs of the job are complete; the job's own error if it fails.
 
         `on_tick` is called every half second.
         """
-        store = open_store(spec.runs)
-        while (status := self._client.get_job_status(job)) not in ENDED:
+        while (details := self._details(job)).status not in ENDED:
             on_tick()
             time.sleep(POLL_SECONDS)
         on_tick()
-        if status == JobStatus.SUCCEEDED and is_complete(spec):
+        if details.status == JobStatus.SUCCEEDED and is_complete(spec):
             return
-        raise read_failure(store, job) or VitscaleError(
-            f"job {job} ended as {status.value}; the same command goes on from the last commit. "
-            f"Its log ends:\n{self.log_tail(job)}"
+        raise read_failure(open_store(spec.runs), job) or VitscaleError(
+            f"job {job} ended as {details.status.value}; the same command goes on from the last commit. "
+            f"Its log ends:\n{self._log_tail(job, details)}"
         )
 
-    def stop(self, job: str) -> None:
-        self._client.stop_job(job)
-        while self._client.get_job_status(job) not in ENDED:
+    def stop(self, spec: JobSpec) -> None:
+        """End the running job of this specification, if there is one, and wait for that."""
+        with self._errors():
+            for job, details in self._jobs().items():
+                if _is_of(job, spec) and details.status not in ENDED:
+                    self._client.stop_job(job)
+                    while self._client.get_job_status(job) not in ENDED:
+                        time.sleep(POLL_SECONDS)
+
+    def _jobs(self) -> dict[str, JobDetails]:
+        return {job.submission_id: job for job in self._client.list_jobs() if job.submission_id}
+
+    def _submit(self, spec: JobSpec, job: str) -> str:
+        write_spec(spec)
+        clear_reports(open_store(spec.runs), job)
+        # `python` and not this process's own: the cluster's nodes have theirs elsewhere.
+        entrypoint = ["python", "-P", "-m", "orchestrator.driver", spec.runs, spec.digest, job]
+        try:
+            self._client.submit_job(
+                entrypoint=shlex.join(entrypoint),
+                submission_id=job,
+                runtime_env={"env_vars": JOB_ENVIRONMENT},
+                metadata={RUNS: ",".join(config.run for config in spec.configs)},
+            )
+        except RuntimeError as error:
+            # The same command, given twice, submitted it a moment ago.
+            if "already exists" not in str(error):
+                raise
+        return job
+
+    def _details(self, job: str) -> JobDetails:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with self._errors():
+                    return self._client.get_job_info(job)
+            except DataError:
+                if time.monotonic() > deadline:
+                    raise
             time.sleep(POLL_SECONDS)
 
-    def log_tail(self, job: str, lines: int = 15) -> str:
-        return "\n".join(self._client.get_job_logs(job).splitlines()[-lines:])
+    def _log_tail(self, job: str, details: JobDetails) -> str:
+        """Of the driver; if it never came to write one, what Ray has to say."""
+        with contextlib.suppress(DataError), self._errors():
+            lines = self._client.get_job_logs(job).splitlines()
+            if lines:
+                return "\n".join(lines[-LOG_LINES:])
+        return details.message or ""
 
-    def _attempts(self, spec: JobSpec) -> list[JobDetails]:
-        prefix = f"{spec.digest[:16]}-"
-        jobs = [j for j in self._client.list_jobs() if (j.submission_id or "").startswith(prefix)]
-        return sorted(jobs, key=lambda j: int((j.submission_id or "").removeprefix(prefix)))
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError as error:
+            raise DataError(
+                f"Ray at {self._url} refused the token; name its file in the site's ray_token_file"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            # After a traceback of the server's, the last line says what happened.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise DataError(
+                f"Ray at {self._url} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
+            ) from error
 
 
 def is_complete(spec: JobSpec) -> bool:
     heads = [CommitLog(open_store(run_url(spec.runs, config))).head() for config in spec.configs]
     return all(head is not None and head.complete for head in heads)
+
+
+def _is_of(job: str, spec: JobSpec) -> bool:
+    return re.fullmatch(rf"{spec.digest[:16]}-\d+", job) is not None
+
+
+def _refuse_second_writer(spec: JobSpec, running: Mapping[str, JobDetails]) -> None:
+    """Two jobs that train one run would take its lease from each other in turns, and neither would commit."""
+    ours = {config.run for config in spec.configs}
+    for job, details in running.items():
+        both = sorted(ours & set((details.metadata or {}).get(RUNS, "").split(",")))
+        if both:
+            raise VitscaleError(
+                f"{both[0]} is being trained by job {job}, which another command started (other workers, or "
+                "another name to register as); wait for its end, or interrupt that command"
+            )

@@ -33,6 +33,8 @@ class JobSpec(Part):
     tags: dict[str, str] = Field(default_factory=dict)
     register_as: str | None = None
     """Name of the registered model whose next version the run's result becomes."""
+    autoscaling: bool = False
+    """The cluster adds nodes on demand: runs that do not fit wait for them."""
 
     @model_validator(mode="after")
     def _can_be_registered(self) -> Self:
@@ -91,9 +93,31 @@ def read_failure(store: Store, job: str) -> VitscaleError | None:
     return FAMILIES[values["family"]](values["message"])
 
 
+def write_note(store: Store, job: str, text: str) -> None:
+    """What a job waits for, in a line for the command that follows it."""
+    store.write(_note_key(job), text.encode())
+
+
+def read_note(store: Store, job: str) -> str:
+    try:
+        return store.read(_note_key(job)).decode()
+    except NotFound:
+        return ""
+
+
+def clear_reports(store: Store, job: str) -> None:
+    """Ray forgets its jobs when its head is lost, and their names come again."""
+    store.delete(_failure_key(job))
+    store.delete(_note_key(job))
+
+
 def _spec_key(digest: str) -> str:
     return f"jobs/{digest}.json"
 
 
 def _failure_key(job: str) -> str:
     return f"jobs/{job}.failure.json"
+
+
+def _note_key(job: str) -> str:
+    return f"jobs/{job}.note.txt"
