@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from orchestrator.job import JobSpec, clear_reports, read_failure, run_url, write_spec
+from orchestrator.job import JobSpec, clear_reports, is_complete, read_failure, write_spec
 from orchestrator.site import Site
-from workers.errors import DataError, VitscaleError
+from workers.errors import DataError, VitscaleError, root_cause
 from workers.storage import open_store
-from workers.training.commits import CommitLog
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
@@ -67,11 +66,11 @@ class Cluster:
             on_tick()
             time.sleep(POLL_SECONDS)
         on_tick()
-        if details.status == JobStatus.SUCCEEDED and is_complete(spec):
+        if details.status == JobStatus.SUCCEEDED and all(is_complete(spec.runs, c) for c in spec.configs):
             return
         raise read_failure(open_store(spec.runs), job) or VitscaleError(
-            f"job {job} ended as {details.status.value}; the same command goes on from the last commit. "
-            f"Its log ends:\n{self._log_tail(job, details)}"
+            f"job {job} ended as {details.status.value} (exit code {details.driver_exit_code}); the same "
+            f"command goes on from the last commit. Its log ends:\n{self._log_tail(job, details)}"
         )
 
     def stop(self, spec: JobSpec) -> None:
@@ -118,7 +117,7 @@ class Cluster:
     def _log_tail(self, job: str, details: JobDetails) -> str:
         """Of the driver; if it never came to write one, what Ray has to say."""
         with contextlib.suppress(DataError), self._errors():
-            lines = self._client.get_job_logs(job).splitlines()
+            lines = re.sub(r"\x1b\[[\d;]*m", "", self._client.get_job_logs(job)).splitlines()
             if lines:
                 return "\n".join(lines[-LOG_LINES:])
         return details.message or ""
@@ -133,15 +132,10 @@ class Cluster:
             ) from error
         except (OSError, RuntimeError) as error:
             # After a traceback of the server's, the last line says what happened.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            reason = str(root_cause(error)).strip().rpartition("\n")[2]
             raise DataError(
                 f"Ray at {self._url} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
             ) from error
-
-
-def is_complete(spec: JobSpec) -> bool:
-    heads = [CommitLog(open_store(run_url(spec.runs, config))).head() for config in spec.configs]
-    return all(head is not None and head.complete for head in heads)
 
 
 def _is_of(job: str, spec: JobSpec) -> bool:

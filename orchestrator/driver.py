@@ -3,102 +3,135 @@
 python -P -m orchestrator.driver RUNS_URL SPEC_DIGEST JOB_ID
 """
 
+import contextlib
 import logging
+import os
 import sys
 import tempfile
-import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
 import ray.train
-from mlflow.exceptions import MlflowException
 from ray.train.torch import TorchTrainer
 
-import workers
-from orchestrator.job import JobSpec, read_spec, run_url, write_failure
+from orchestrator.job import JobSpec, is_complete, read_spec, run_head, run_url, write_failure, write_note
 from orchestrator.registry import Registry
-from orchestrator.tracking import Drain, Tracking
-from workers.config import RunConfig
+from orchestrator.tracking import JobRuns, Tracking
+from workers.config import ComputeConfig, RunConfig
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.ray_entry import train_entry
 from workers.storage import open_store, probe
-from workers.training.commits import CommitLog
 
 log = logging.getLogger(__name__)
 
 RESTARTS = 3
 """Worker groups that may die without a new commit before the job gives up."""
-DRAIN_SECONDS = 2.0
+LOST_NODE_SECONDS = 300.0
+"""How long a job waits for a cluster of fixed size to get back a node that it lost."""
+POLL_SECONDS = 1.0
 
 
 def main(arguments: Sequence[str]) -> int:
     runs, digest, job = arguments
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
-        if getattr(workers, "DISTRIBUTION", None) != "vitscale":
-            raise ConfigError(f"{workers.__file__} is not vitscale's; install vitscale on the cluster")
-        # Ray names the cluster of a job in its environment.
-        ray.init(address="auto")
-        run_job(read_spec(runs, digest))
+        # Ray tells its jobs alone which cluster is theirs; Ray Train's helpers have to know it too.
+        address = os.environ["RAY_ADDRESS"]
+        ray.init(address, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
+        run_job(read_spec(runs, digest), job)
     except VitscaleError as error:
         log.error("%s", error)
-        write_failure(open_store(runs), job, error)
+        with contextlib.suppress(DataError):
+            write_failure(open_store(runs), job, error)
         return 1
     return 0
 
 
-def run_job(spec: JobSpec) -> None:
+def run_job(spec: JobSpec, job: str) -> None:
     problem = probe(open_store(spec.runs))
     if problem:
         raise DataError(f"{spec.runs} cannot hold runs: {problem}; use file:// or another S3 server for runs")
     tracking = Tracking(spec.mlflow, spec.experiment)
-    parent = tracking.open_run(spec.parent) if spec.parent else None
-    run_ids: dict[str, str] = {}
-    for config in spec.configs:
-        run_ids[config.run] = tracking.open_run(config.run, parent=parent, tags=spec.tags)
-        tracking.log_config(run_ids[config.run], config)
-    everything = [*run_ids.values(), *([parent] if parent else [])]
-    drains = _Drains(tracking, spec, run_ids)
+    runs = JobRuns(tracking, spec)
     try:
-        with drains:
-            _fit_all(spec)
-    except VitscaleError:
-        for run_id in everything:
-            tracking.finish(run_id, "FAILED")
+        with runs:
+            _fit_all(spec, job)
+    except BaseException as error:
+        # SystemExit is Ray's way to stop a job. What went wrong matters more than that MLflow is down too.
+        with contextlib.suppress(DataError):
+            runs.end("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    drains.finish()
-    if spec.register_as:
-        registry = Registry(tracking.client, spec.runs)
-        for config in spec.configs:
-            registry.register(spec.register_as, config, run_ids[config.run])
-    for run_id in everything:
-        tracking.finish(run_id, "FINISHED")
-
-
-def _fit_all(spec: JobSpec) -> None:
-    groups = share_out(spec.configs, _room(spec.configs[0]))
-    if len(groups) == 1:
-        _fit(spec.runs, groups[0])
-        return
-    # Each group's driver is a task without resources of its own.
-    fit = ray.remote(num_cpus=0, max_retries=0)(_fit)
-    tasks = [fit.remote(spec.runs, group) for group in groups]
     try:
-        ray.get(tasks)
-    except ray.exceptions.RayTaskError as error:
-        raise _as_ours(error) from error
+        runs.end("FINISHED")
+        if spec.register_as:
+            registry = Registry(tracking.client, spec.runs)
+            for config in spec.configs:
+                registry.register(spec.register_as, config, runs.ids[config.run])
+    except DataError as error:
+        raise DataError(
+            f"training is complete and committed, but not recorded: {error}; then the same command records it"
+        ) from error
 
 
-def _room(config: RunConfig) -> int:
-    """Worker groups of this shape that the cluster holds at once."""
-    total = ray.cluster_resources()
-    compute = config.compute
-    wanted = {
-        "CPU": compute.cpus_per_worker * compute.workers,
-        "GPU": compute.gpus_per_worker * compute.workers,
-    }
-    return max(1, min(int(total.get(name, 0) // amount) for name, amount in wanted.items() if amount))
+def _fit_all(spec: JobSpec, job: str) -> None:
+    configs = [config for config in spec.configs if not is_complete(spec.runs, config)]
+    if not configs:
+        return
+    _await_room(spec, job, patience=0)
+    compute = configs[0].compute
+    groups = share_out(configs, max(1, count_slots(ray.nodes(), compute) // compute.workers))
+    if len(groups) == 1:
+        _fit(spec, job, groups[0])
+        return
+    # Each group's driver is a task without resources of its own. When one fails, the others go on.
+    fit = ray.remote(num_cpus=0, max_retries=RESTARTS)(_fit)
+    pending = [fit.remote(spec, job, group) for group in groups]
+    failure: VitscaleError | None = None
+    while pending:
+        (done,), pending = ray.wait(pending)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            failure = failure or _as_ours(error)
+            _note(spec, job, f"{failure}; the others go on")
+    if failure:
+        raise failure
+
+
+def _await_room(spec: JobSpec, job: str, *, patience: float) -> None:
+    """ConfigError if the nodes of a cluster of fixed size cannot hold one worker group.
+
+    A cluster that adds nodes does so for what Ray Train asks of it, so there is nothing to wait for here.
+    """
+    compute = spec.configs[0].compute
+    deadline = time.monotonic() + patience
+    while (slots := count_slots(ray.nodes(), compute)) < compute.workers:
+        each = f"{compute.cpus_per_worker} CPU"
+        if compute.gpus_per_worker:
+            each += f" and {compute.gpus_per_worker} GPU"
+        lack = f"{compute.workers} workers of {each} each; the cluster's nodes have room for {slots}"
+        if spec.autoscaling:
+            _note(spec, job, f"waiting for nodes for {lack}")
+            return
+        if time.monotonic() >= deadline:
+            raise ConfigError(
+                f"compute.workers: no room for {lack}. Ask for less or, if the cluster adds nodes on "
+                "demand, put `autoscaling: true` into the site file"
+            )
+        _note(spec, job, f"waiting for lost nodes: no room for {lack}")
+        time.sleep(POLL_SECONDS)
+
+
+def count_slots(nodes: Iterable[Mapping[str, Any]], compute: ComputeConfig) -> int:
+    """Workers that the nodes, as `ray.nodes()` has them, hold when nothing else runs; none spans two."""
+    wanted = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
+    return sum(
+        min(int(node["Resources"].get(name, 0) // amount) for name, amount in wanted.items() if amount)
+        for node in nodes
+        if node["Alive"]
+    )
 
 
 def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunConfig]]:
@@ -112,23 +145,26 @@ def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunCon
     return groups
 
 
-def _fit(runs: str, group: Sequence[RunConfig]) -> None:
+def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
     """Train a group's runs in one worker group; one that dies is started again from the last commits."""
     payload: dict[str, Any] = {
-        "runs": [{"config": c.model_dump(mode="json"), "url": run_url(runs, c)} for c in group]
+        "runs": [{"config": c.model_dump(mode="json"), "url": run_url(spec.runs, c)} for c in group]
     }
-    deaths, progress = 0, _images_seen(runs, group)
-    while not _complete(runs, group):
+    deaths, progress = 0, _images_seen(spec.runs, group)
+    while not all(is_complete(spec.runs, config) for config in group):
         try:
             with tempfile.TemporaryDirectory(prefix="vitscale-") as scratch:
                 _trainer(payload, group[0], scratch).fit()
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             cause = _as_ours(error)
-            before, progress = progress, _images_seen(runs, group)
+            before, progress = progress, _images_seen(spec.runs, group)
             deaths = 1 if progress > before else deaths + 1
-            if isinstance(cause, ConfigError | DataError) or deaths > RESTARTS:
+            # An error of ours would come again; above all, who lost the run's lease must not take it back.
+            if type(cause) is not VitscaleError or deaths > RESTARTS:
                 raise cause from error
             log.warning("the worker group died at image %d, starting it again: %s", progress, cause)
+            _note(spec, job, f"a worker died; starting again from image {progress:,}")
+            _await_room(spec, job, patience=LOST_NODE_SECONDS)
 
 
 def _trainer(payload: dict[str, Any], config: RunConfig, scratch: str) -> TorchTrainer:
@@ -148,13 +184,8 @@ def _trainer(payload: dict[str, Any], config: RunConfig, scratch: str) -> TorchT
 
 
 def _images_seen(runs: str, group: Sequence[RunConfig]) -> int:
-    heads = [CommitLog(open_store(run_url(runs, config))).head() for config in group]
+    heads = [run_head(runs, config) for config in group]
     return sum(head.images_seen for head in heads if head)
-
-
-def _complete(runs: str, group: Sequence[RunConfig]) -> bool:
-    heads = [CommitLog(open_store(run_url(runs, config))).head() for config in group]
-    return all(head is not None and head.complete for head in heads)
 
 
 def _as_ours(error: BaseException) -> VitscaleError:
@@ -172,42 +203,9 @@ def _as_ours(error: BaseException) -> VitscaleError:
     return VitscaleError(f"training failed: {error}")
 
 
-class _Drains:
-    """Sends the runs' events to MLflow from a thread; an outage of MLflow delays points and stops nothing."""
-
-    def __init__(self, tracking: Tracking, spec: JobSpec, run_ids: dict[str, str]) -> None:
-        self._drains = [
-            Drain(tracking, run_ids[config.run], open_store(run_url(spec.runs, config)))
-            for config in spec.configs
-        ]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="drain-events")
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def finish(self) -> None:
-        """Send the rest; DataError if MLflow does not take it."""
-        try:
-            for drain in self._drains:
-                drain.step()
-        except MlflowException as error:
-            raise DataError(
-                f"training is complete and committed, but MLflow did not take its metrics ({error}); "
-                "the same command again sends them"
-            ) from error
-
-    def _loop(self) -> None:
-        while not self._stop.wait(DRAIN_SECONDS):
-            try:
-                for drain in self._drains:
-                    drain.step()
-            except (MlflowException, DataError) as error:
-                log.warning("metrics wait in the store: %s", error)
+def _note(spec: JobSpec, job: str, text: str) -> None:
+    with contextlib.suppress(DataError):
+        write_note(open_store(spec.runs), job, text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from workers.config import Part, RunConfig, explain
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
 from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
+from workers.training.commits import Commit, CommitLog
 
 FAMILIES: dict[str, type[VitscaleError]] = {
     family.__name__: family for family in (ConfigError, DataError, CheckpointError, VitscaleError)
@@ -59,6 +60,16 @@ def check_name(name: str, what: str) -> None:
 
 def run_url(runs: str, config: RunConfig) -> str:
     return join_url(runs, "runs", config.run)
+
+
+def run_head(runs: str, config: RunConfig) -> Commit | None:
+    """The newest commit of a run that counts."""
+    return CommitLog(open_store(run_url(runs, config))).head()
+
+
+def is_complete(runs: str, config: RunConfig) -> bool:
+    head = run_head(runs, config)
+    return head is not None and head.complete
 
 
 def write_spec(spec: JobSpec) -> None:

@@ -4,7 +4,6 @@ The truth about aliases is the create-once log `promotions/<model>/<seq>.json` i
 alias follows it. MLflow alone would let the last writer win without a word.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -13,17 +12,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.job import check_name, run_url
+from orchestrator.job import check_name, run_head, run_url
+from orchestrator.tracking import mlflow_errors
 from workers.config import RunConfig
-from workers.errors import CheckpointError, ConfigError, DataError
+from workers.errors import CheckpointError, ConfigError
 from workers.storage import AlreadyExists, NotFound, join_url, open_store
 from workers.training.checkpoint import Manifest, open_manifest
-from workers.training.commits import CommitLog
 from workers.training.restore import restore_test
 
+SERVICE = "MLflow's model registry"
 DIGEST_TAG = "vitscale.manifest_sha256"
 LOCAL = "vitscale-"
 """Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
@@ -86,8 +86,7 @@ class Registry:
     def register(self, model: str, config: RunConfig, run_id: str) -> Version:
         """The version that points to this run's final commit, made if it is not there."""
         check_name(model, "model")
-        url = run_url(self._runs, config)
-        head = CommitLog(open_store(url)).head()
+        head = run_head(self._runs, config)
         if head is None or not head.complete:
             raise CheckpointError(
                 f"{config.run} has no final checkpoint to register; train it to its end first"
@@ -95,9 +94,9 @@ class Registry:
         for version in self.versions(model):
             if version.digest == head.digest:
                 return version
-        manifest_url = join_url(url, head.manifest)
+        manifest_url = join_url(run_url(self._runs, config), head.manifest)
         _, manifest = open_manifest(manifest_url, head.digest)
-        with _mlflow_errors():
+        with mlflow_errors(SERVICE):
             self._ensure_model(model)
             created = self._client.create_model_version(
                 model,
@@ -112,7 +111,7 @@ class Registry:
         if model:
             check_name(model, "model")
         query = f"name = '{model}'" if model else ""
-        with _mlflow_errors():
+        with mlflow_errors(SERVICE):
             page = self._client.search_model_versions(query, max_results=PAGE)
             found = list(page)
             while page.token:
@@ -203,7 +202,7 @@ class Registry:
         """MLflow's alias becomes what the log says, whoever else promotes at the same time."""
         followed = None
         while (holder := self.aliases(model)[alias]) != followed:
-            with _mlflow_errors():
+            with mlflow_errors(SERVICE):
                 self._client.set_registered_model_alias(model, alias, str(holder.version))
             followed = holder
 
@@ -264,14 +263,6 @@ def _from_mlflow(version: ModelVersion) -> Version:
             if name.startswith("metric.")
         },
     )
-
-
-@contextlib.contextmanager
-def _mlflow_errors() -> Iterator[None]:
-    try:
-        yield
-    except MlflowException as error:
-        raise DataError(f"MLflow's model registry failed ({error}); is it up? `vitscale up`") from error
 
 
 def _to_source(manifest_url: str) -> str:

@@ -24,6 +24,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from workers.errors import ConfigError
+from workers.storage import join_url
 
 DEFAULT_SITE = Path(".vitscale/site.yaml")
 HEADER = """\
@@ -81,6 +82,8 @@ class Site(BaseModel):
     """In the format of ~/.aws/credentials; the `default` profile is used. Without it: AWS's own chain."""
     ray_token_file: FilePath | None = None
     """Needed unless RAY_AUTH_TOKEN or ~/.ray/auth_token holds the cluster's token."""
+    autoscaling: bool = False
+    """Ray adds nodes on demand: a job that is too large for those there are waits for more."""
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -105,11 +108,15 @@ class Site(BaseModel):
 
     def save(self, path: Path) -> None:
         """Whole or not at all."""
-        fields = {name: str(value) for name, value in self if value is not None}
+        fields = {name: value if value is True else str(value) for name, value in self if value}
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".site-")
         with os.fdopen(handle, "w") as file:
             file.write(HEADER + yaml.safe_dump(fields, sort_keys=False))
         Path(temporary).replace(path)
+
+    def data_url(self, name: str) -> str:
+        """Of a data set: a URL is one already, a name starts at the data root."""
+        return name if "://" in name else join_url(self.data, name)
 
     def environment(self) -> dict[str, str]:
         """What makes boto3, MLflow's client and Ray find these services, on top of a process's own.

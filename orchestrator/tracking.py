@@ -5,20 +5,24 @@ what was recomputed after a failure appears once. Sending is idempotent (MLflow'
 time, step and value), so draining from the start again is harmless.
 """
 
+import contextlib
+import http.client
 import logging
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from orchestrator.job import JobSpec, is_complete, run_url
 from workers.config import RunConfig
-from workers.errors import DataError
-from workers.storage import Store
+from workers.errors import DataError, root_cause
+from workers.storage import Store, open_store
 from workers.training.metrics import EventReader
 
 log = logging.getLogger(__name__)
@@ -26,6 +30,7 @@ log = logging.getLogger(__name__)
 BATCH = 1000
 """MLflow's limit of metrics per request."""
 ALIVE_SECONDS = 10.0
+DRAIN_SECONDS = 2.0
 RUN_TAG = "vitscale.run"
 MAX_PARAM = 500
 
@@ -35,22 +40,23 @@ class Tracking:
 
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri = uri
+        self.name = f"MLflow at {uri}"
         _check_alive(uri)
         self.client = MlflowClient(tracking_uri=uri)
-        try:
-            found = self.client.get_experiment_by_name(experiment)
-            self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment)
-        except MlflowException as error:
-            raise DataError(f"MLflow at {uri} cannot be used ({error}); is it up? `vitscale up`") from error
+        with mlflow_errors(self.name):
+            self.experiment_id = self._experiment(experiment)
 
     def find_run(self, name: str) -> str | None:
         """Id of the run that bears this name."""
-        runs = self.client.search_runs([self.experiment_id], f"tags.`{RUN_TAG}` = '{name}'", max_results=1)
+        query = f"tags.`{RUN_TAG}` = '{name}'"
+        with mlflow_errors(self.name):
+            runs = self.client.search_runs([self.experiment_id], query, max_results=1)
         return runs[0].info.run_id if runs else None
 
     def is_finished(self, name: str) -> bool:
         run_id = self.find_run(name)
-        return run_id is not None and self.client.get_run(run_id).info.status == "FINISHED"
+        with mlflow_errors(self.name):
+            return run_id is not None and self.client.get_run(run_id).info.status == "FINISHED"
 
     def open_run(self, name: str, *, parent: str | None = None, tags: Mapping[str, str] | None = None) -> str:
         """The run of this name, made if it is not there; its id."""
@@ -59,34 +65,115 @@ class Tracking:
             all_tags = {RUN_TAG: name, "mlflow.runName": name, **(tags or {})}
             if parent is not None:
                 all_tags["mlflow.parentRunId"] = parent
-            run_id = self.client.create_run(self.experiment_id, tags=all_tags).info.run_id
+            with mlflow_errors(self.name):
+                run_id = self.client.create_run(self.experiment_id, tags=all_tags).info.run_id
         return run_id
 
     def log_config(self, run_id: str, config: RunConfig) -> None:
         """What was logged first stays: MLflow takes no other value, though a run may go on elsewhere."""
-        logged = self.client.get_run(run_id).data.params
         params = flatten(config.model_dump(mode="json"))
-        entries = [
-            Param(name, str(value)[:MAX_PARAM])
-            for name, value in params.items()
-            if value is not None and name not in logged
-        ]
-        self.client.log_batch(run_id, params=entries)
+        with mlflow_errors(self.name):
+            logged = self.client.get_run(run_id).data.params
+            entries = [
+                Param(name, str(value)[:MAX_PARAM])
+                for name, value in params.items()
+                if value is not None and name not in logged
+            ]
+            self.client.log_batch(run_id, params=entries)
 
-    def log_values(self, run_id: str, values: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        for name, value in values.items():
-            self.client.log_metric(run_id, name, value)
-        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+    def log_file(self, run_id: str, path: Path) -> None:
+        with mlflow_errors(self.name):
+            self.client.log_artifact(run_id, str(path))
 
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        self.client.log_artifact(run_id, str(path), folder)
+    def log_dict(self, run_id: str, values: Mapping[str, Any], name: str) -> None:
+        with mlflow_errors(self.name):
+            self.client.log_dict(run_id, dict(values), name)
+
+    def resume(self, run_id: str) -> None:
+        """It runs again, whatever it ended as before."""
+        with mlflow_errors(self.name):
+            self.client.update_run(run_id, "RUNNING")
 
     def finish(self, run_id: str, status: str) -> None:
         """`FINISHED`, `FAILED` or `KILLED`."""
-        self.client.set_terminated(run_id, status)
+        with mlflow_errors(self.name):
+            self.client.set_terminated(run_id, status)
 
     def run_page(self, run_id: str) -> str:
         return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name))
+            except MlflowException:
+                # Another command may have made it at this moment.
+                found = self.client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
+
+
+@contextlib.contextmanager
+def mlflow_errors(what: str) -> Iterator[None]:
+    """MLflow's errors as ours, of `what` part of it."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        # OSError: what requests raises for an artifact that the server could not pass on to its store.
+        raise DataError(f"{what} failed ({root_cause(error)}); is it up? `vitscale up`") from error
+
+
+class JobRuns:
+    """The MLflow runs of a job: opened, fed from a thread while it trains, and ended.
+
+    An outage of MLflow delays points and stops nothing.
+    """
+
+    def __init__(self, tracking: Tracking, spec: JobSpec) -> None:
+        self._tracking = tracking
+        self._spec = spec
+        self._parent = tracking.open_run(spec.parent) if spec.parent else None
+        self.ids: dict[str, str] = {}
+        """By the runs' names."""
+        self._drains: dict[str, Drain] = {}
+        for config in spec.configs:
+            run_id = tracking.open_run(config.run, parent=self._parent, tags=spec.tags)
+            tracking.log_config(run_id, config)
+            if not is_complete(spec.runs, config):
+                tracking.resume(run_id)
+            self.ids[config.run] = run_id
+            self._drains[config.run] = Drain(tracking, run_id, open_store(run_url(spec.runs, config)))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._feed, name="drain-events")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def end(self, status: str) -> None:
+        """Send what is left; a run that is not complete ends as `status`. DataError if MLflow is down."""
+        for config in self._spec.configs:
+            with mlflow_errors(self._tracking.name):
+                self._drains[config.run].step()
+            done = is_complete(self._spec.runs, config)
+            self._tracking.finish(self.ids[config.run], "FINISHED" if done else status)
+        if self._parent:
+            self._tracking.finish(self._parent, status)
+
+    def _feed(self) -> None:
+        while not self._stop.wait(DRAIN_SECONDS):
+            try:
+                with mlflow_errors(self._tracking.name):
+                    for drain in self._drains.values():
+                        drain.step()
+            except DataError as error:
+                log.warning("metrics wait in the store: %s", error)
 
 
 class Drain:
@@ -141,8 +228,9 @@ def _check_alive(uri: str) -> None:
         urllib.request.urlopen(f"{uri}/health", timeout=ALIVE_SECONDS).close()  # noqa: S310 - http(s), see above
     except urllib.error.HTTPError as error:
         error.close()  # it answers, if only to ask who we are
-    except OSError as error:
-        raise DataError(f"MLflow at {uri} cannot be reached ({error}); is it up? `vitscale up`") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = root_cause(error)
+        raise DataError(f"MLflow at {uri} cannot be reached ({reason}); is it up? `vitscale up`") from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

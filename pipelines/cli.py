@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,13 +49,18 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field, e.g. optim.learning_rate=1e-3. Repeatable.")
 ]
 DataRoot = Annotated[
-    str | None, typer.Option("--data", help="Root of a data set, as `vitscale ingest` wrote it.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="URL of a data set as `vitscale ingest` wrote it; or a name below the site's data root.",
+    ),
 ]
 
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(standalone_mode=True)
     except ConfigError as error:
@@ -64,6 +71,11 @@ def main() -> None:
         if leave.code == INTERRUPTED:
             errors.print("interrupted; the same command again goes on from here")
         raise
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Whoever ends this command means the job that it waits for, as with Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _fail(error: VitscaleError, code: int) -> None:
@@ -170,11 +182,9 @@ def ingest(
     Example: vitscale ingest photos/ s3://vitscale/photos
     """
     from pipelines.ingest import ingest as run_ingest
-    from workers.storage import join_url
 
-    is_url = "://" in destination
-    where = _site_if_any(site) if is_url else _site(site)
-    url = destination if is_url or where is None else join_url(where.data, destination)
+    where = _site_if_any(site) if "://" in destination else _site(site)
+    url = where.data_url(destination) if where else destination
     with _bar(f"ingest {source}") as advance:
         report = run_ingest(
             source,
@@ -246,7 +256,7 @@ def train(
     where = _site(site)
     from pipelines import pretrain
 
-    run = pretrain.read_config(config, data, overrides or [])
+    run = pretrain.read_config(config, where.data_url(data) if data else None, overrides or [])
     version = pretrain.train(
         where, run, register_as=register_as or run.name, label=f"train {run.name}", console=_progress(as_json)
     )
@@ -275,9 +285,14 @@ def finetune(
     from pipelines.finetune import finetune_config
 
     run = finetune_config(
-        where, model, image_size=image_size, data=data, epochs=epochs, overrides=overrides or []
+        where,
+        model,
+        image_size=image_size,
+        data=where.data_url(data) if data else None,
+        epochs=epochs,
+        overrides=overrides or [],
     )
-    version = run_finetune(where, run, register_as=register_as or run.name, console=_progress(as_json))
+    version = run_finetune(where, run, register_as=register_as, console=_progress(as_json))
     _print_version(version, as_json)
 
 
@@ -370,7 +385,7 @@ def scale(
     where = _site(site)
     from pipelines.scaling import ladder
 
-    plan = ladder.read_study(study, data)
+    plan = ladder.read_study(study, where.data_url(data) if data else None)
     results = ladder.run_study(where, plan, _progress(as_json))
     laws = ladder.fit_laws(results)
     if as_json:

@@ -8,7 +8,7 @@ from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT, train
-from pipelines.recipes import fine_tune, read_facts
+from pipelines.recipes import facts_at, fine_tune, read_facts
 from workers.config import InitConfig, RunConfig, make_config, override
 from workers.errors import ConfigError
 from workers.training.checkpoint import open_manifest
@@ -30,7 +30,7 @@ def finetune_config(
     parent = make_config(manifest.config)
     if parent.model.family != "vit":
         raise ConfigError(f"{version.label} is a {parent.model.family}; only a ViT has position embeddings")
-    facts = read_facts(data or parent.data.url.removesuffix("/train"))
+    facts = read_facts(data) if data else facts_at(parent.data.url, parent.data.validation_url)
     init = InitConfig(
         manifest=version.manifest,
         digest=version.digest,
@@ -42,9 +42,12 @@ def finetune_config(
     return make_config(override(config.model_dump(mode="json"), overrides))
 
 
-def finetune(
-    site: Site, config: RunConfig, *, register_as: str, console: Console, label: str | None = None
-) -> Version:
-    """Train it as a job of its own and register the result, with its parent."""
-    label = label or f"fine-tune at {config.model.image_size} px"
-    return train(site, config, register_as=register_as, label=label, console=console)
+def finetune(site: Site, config: RunConfig, *, register_as: str | None, console: Console) -> Version:
+    """Train it as a job of its own and register the result, with its parent.
+
+    The model is by default called after the parent's and the image size.
+    """
+    assert config.init is not None, "as finetune_config makes it"
+    size = config.model.image_size
+    name = register_as or f"{config.init.parent.partition('/')[0]}-{size}px"
+    return train(site, config, register_as=name, label=f"fine-tune at {size} px", console=console)

@@ -1,15 +1,13 @@
 """A job's progress on the terminal, read from the events that its workers write."""
 
 import time
-from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orchestrator.job import run_url
-from workers.config import RunConfig
+from orchestrator.job import JobSpec, read_note, run_url
 from workers.storage import open_store
 from workers.training.metrics import EventReader
 
@@ -20,12 +18,16 @@ PLAIN_SECONDS = 10.0
 class JobProgress:
     """One bar for all runs of a job, in images seen; `tick` reads what is new."""
 
-    def __init__(self, runs: str, configs: Sequence[RunConfig], label: str, console: Console) -> None:
+    def __init__(self, spec: JobSpec, job: str, label: str, console: Console) -> None:
         self._console = console
-        self._readers = {c.run: EventReader(open_store(run_url(runs, c))) for c in configs}
+        self._store = open_store(spec.runs)
+        self._job = job
+        self._readers = {c.run: EventReader(open_store(run_url(spec.runs, c))) for c in spec.configs}
         self._seen = dict.fromkeys(self._readers, 0)
         self._values: dict[str, float] = {}
-        self._total = sum(c.num_steps * c.train.global_batch_size for c in configs)
+        self._total = sum(c.num_steps * c.train.global_batch_size for c in spec.configs)
+        self._old_note = ""
+        """What the job waited for before the newest event."""
         self._label = label
         self._last_line = time.monotonic()
         self._bar = Progress(
@@ -40,7 +42,9 @@ class JobProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=self._total, values="waiting for workers")
+        self._read()
+        done = sum(self._seen.values())
+        self._task = self._bar.add_task(label, total=self._total, completed=done, values=self._text())
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -52,19 +56,23 @@ class JobProgress:
         self._bar.stop()
 
     def tick(self) -> None:
-        for run, reader in self._readers.items():
-            for event in reader.read():
-                self._take(run, event)
+        note = read_note(self._store, self._job)
+        if self._read():
+            self._old_note = note
         done = sum(self._seen.values())
-        text = self._text()
+        text = note if note != self._old_note else self._text()
         self._bar.update(self._task, completed=done, values=text)
         if not self._console.is_terminal and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self._console.print(f"  {self._label}: {100 * done / self._total:.0f} %  {text}", highlight=False)
 
-    def _take(self, run: str, event: dict[str, Any]) -> None:
-        self._seen[run] = event["images_seen"]
-        self._values |= event.get("values", {})
+    def _read(self) -> bool:
+        """Take what is new; whether there was anything."""
+        events = [(run, event) for run, reader in self._readers.items() for event in reader.read()]
+        for run, event in events:
+            self._seen[run] = event["images_seen"]
+            self._values |= event.get("values", {})
+        return bool(events)
 
     def _text(self) -> str:
         if not self._values:

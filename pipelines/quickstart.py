@@ -3,14 +3,12 @@
 Every stage finds what it has done before, so an interrupted journey goes on where it was.
 """
 
-import contextlib
-import json
+import hashlib
 import os
 import platform
+import re
 import shlex
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -22,10 +20,11 @@ from orchestrator.site import Site
 from orchestrator.tracking import Tracking
 from pipelines.finetune import finetune, finetune_config
 from pipelines.ingest import IngestReport, ingest
+from pipelines.journal import Journal
 from pipelines.pretrain import EXPERIMENT, train
 from pipelines.promote import promote
 from pipelines.recipes import RECIPES, DataFacts, read_facts
-from pipelines.report import Journey, Link, Provenance, Stage, Study, render
+from pipelines.report import Journey, Link, Provenance, Study, render
 from pipelines.report.collect import (
     collect_confusion,
     collect_curve,
@@ -36,6 +35,7 @@ from pipelines.report.collect import (
 )
 from pipelines.scaling.ladder import RungResult, run_study, small_study
 from pipelines.scaling.ladder import Study as StudyPlan
+from pipelines.sources import open_source
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
 from workers.data.transforms import decode
@@ -65,6 +65,7 @@ PLANS = {
     "vit-cifar10": Plan("vit-cifar10", 8, 48, 1, 2),
     "vit-photos": Plan("vit-photos", 20, 96, 5, 5),
 }
+DIGITS = "digits"
 PACKAGES = ("vitscale", "torch", "ray", "mlflow", "webdataset", "boto3")
 SMALL_IMAGE = 48
 """Pixels of the shorter side up to which images count as small."""
@@ -90,22 +91,22 @@ def run_quickstart(
         raise ConfigError(f"--recipe {recipe}: the journey knows {', '.join(PLANS)}")
     journal = Journal(directory / "quickstart.json", console)
     tracking = Tracking(site.mlflow, EXPERIMENT)
+    name = _name_data(data)
+    root = join_url(site.data, name)
 
-    with journal.stage("Ingest") as stage:
-        name = data if data == "digits" else Path(data).stem.lower()
-        root = join_url(site.data, name)
+    with journal.stage("Ingest", root) as stage:
         images = ingest(data, root)
         stage.summary = _ingested(images)
     facts = read_facts(root)
-    plan = PLANS[recipe or _choose_recipe(name, facts)].scaled(effort)
+    plan = PLANS[recipe or _choose_recipe(data, facts)].scaled(effort)
     config = RECIPES[plan.recipe](facts, epochs=plan.pretrain)
 
-    with journal.stage("Pretrain") as stage:
+    with journal.stage("Pretrain", config.run) as stage:
         pretrained = train(site, config, register_as=config.name, label="pretrain", console=console)
         stage.summary = _trained(config, pretrained)
         stage.url = tracking.run_page(pretrained.run_id)
 
-    with journal.stage("Promote") as stage:
+    with journal.stage("Promote", config.run) as stage:
         gate = Gate("val_accuracy", CHANCE_FACTOR / len(facts.classes))
         promotion = promote(site, pretrained.label, "champion", gate)
         stage.summary = (
@@ -113,27 +114,29 @@ def run_quickstart(
             f"passes the gate's {promotion.minimum:.1%}, and it restores"
         )
 
-    with journal.stage("Fine-tune high") as stage:
-        high, high_config = _fine_tune(site, pretrained, plan.high_image_size, plan, console)
+    high_config = _fine_tune_config(site, pretrained, plan.high_image_size, plan)
+    with journal.stage("Fine-tune high", high_config.run) as stage:
+        high = finetune(site, high_config, register_as=None, console=console)
         stage.summary = _trained(high_config, high)
         stage.url = tracking.run_page(high.run_id)
 
-    with journal.stage("Fine-tune low") as stage:
-        low, low_config = _fine_tune(site, pretrained, pretrained.image_size, plan, console)
+    low_config = _fine_tune_config(site, pretrained, pretrained.image_size, plan)
+    with journal.stage("Fine-tune low", low_config.run) as stage:
+        low = finetune(site, low_config, register_as=None, console=console)
         stage.summary = f"the control, as long at the old resolution: {_trained(low_config, low)}"
         stage.url = tracking.run_page(low.run_id)
 
-    with journal.stage("Study") as stage:
-        study = small_study(facts, config, epochs=plan.study)
+    study = small_study(facts, config, epochs=plan.study)
+    with journal.stage("Study", study.name) as stage:
         results = run_study(site, study, console)
         stage.summary = f"{len(results)} runs: 3 ViT sizes and a ResNet at 3 data sizes, each from scratch"
         stage.url = tracking.run_page(tracking.open_run(study.name))
 
-    with journal.stage("Report") as stage:
+    with journal.stage("Report", study.name) as stage:
         stage.summary = "this page"
         scores = _Models(pretrained, config, high, high_config, low)
         journey = _journey(
-            site, tracking, name, scores, study, results, journal, command=_command(data, effort)
+            site, tracking, Path(data).stem, scores, study, results, journal, command=_command(data, effort)
         )
         report = directory / "report.html"
         report.write_text(render(journey), encoding="utf-8")
@@ -152,12 +155,8 @@ class _Models:
     low: Version
 
 
-def _fine_tune(
-    site: Site, parent: Version, image_size: int, plan: Plan, console: Console
-) -> tuple[Version, RunConfig]:
-    reference = f"{parent.model}@champion"
-    config = finetune_config(site, reference, image_size=image_size, epochs=plan.finetune)
-    return finetune(site, config, register_as=config.name, console=console), config
+def _fine_tune_config(site: Site, parent: Version, image_size: int, plan: Plan) -> RunConfig:
+    return finetune_config(site, f"{parent.model}@champion", image_size=image_size, epochs=plan.finetune)
 
 
 def _journey(
@@ -167,7 +166,7 @@ def _journey(
     models: _Models,
     study: StudyPlan,
     results: list[RungResult],
-    journal: "Journal",
+    journal: Journal,
     *,
     command: str,
 ) -> Journey:
@@ -213,9 +212,19 @@ def _journey(
     )
 
 
-def _choose_recipe(name: str, facts: DataFacts) -> str:
+def _name_data(data: str) -> str:
+    """Where the images go in the bucket: folders of one name may differ, and the images in one may change."""
+    if data == DIGITS:
+        return data
+    images = sorted(item.name for item in open_source(data).items)
+    digest = hashlib.sha256("\0".join([str(Path(data).resolve()), *images]).encode(errors="surrogateescape"))
+    name = re.sub(r"[^a-z0-9]+", "-", Path(data).stem.lower())[:40].strip("-")
+    return f"{name or 'images'}-{digest.hexdigest()[:8]}"
+
+
+def _choose_recipe(data: str, facts: DataFacts) -> str:
     """By the images' size; the digits have a recipe of their own."""
-    if name == "digits":
+    if data == DIGITS:
         return "vit-digits"
     index = DatasetIndex.open(facts.validation_url)
     store = open_store(facts.validation_url)
@@ -243,7 +252,7 @@ def _trained(config: RunConfig, version: Version) -> str:
 
 def _command(data: str, effort: float) -> str:
     words = ["vitscale", "quickstart"]
-    words += [] if data == "digits" else ["--data", data]
+    words += [] if data == DIGITS else ["--data", data]
     words += [] if effort == 1 else ["--effort", f"{effort:g}"]
     return shlex.join(words)
 
@@ -254,50 +263,3 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-@dataclass
-class StageRecord:
-    name: str
-    summary: str = ""
-    seconds: float = 0.0
-    """Over all attempts."""
-    done: bool = False
-    url: str | None = None
-
-
-class Journal:
-    """How long each stage took, over interruptions; stages find out for themselves what is done."""
-
-    def __init__(self, path: Path, console: Console) -> None:
-        self._path = path
-        self._console = console
-        saved = json.loads(path.read_text()) if path.exists() else []
-        self._records = {record["name"]: StageRecord(**record) for record in saved}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[StageRecord]:
-        """The body fills in the record's summary; a stage that was done before keeps its time."""
-        record = self._records.setdefault(name, StageRecord(name))
-        before = record.done
-        self._console.print(f"[bold]{name}[/]" + (" (done before)" if before else ""))
-        start = time.monotonic()
-        try:
-            yield record
-            record.done = True
-        finally:
-            if not before:
-                record.seconds += time.monotonic() - start
-            self._save()
-        self._console.print(f"  {record.summary} ({record.seconds:.0f} s)", markup=False)
-
-    def stages(self) -> list[Stage]:
-        return [
-            Stage(name=r.name, summary=r.summary, seconds=r.seconds if r.done else None, url=r.url)
-            for r in self._records.values()
-        ]
-
-    def _save(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(record) for record in self._records.values()], indent=1))
-        temporary.replace(self._path)

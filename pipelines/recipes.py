@@ -43,9 +43,13 @@ class Recipe(Protocol):
 
 def read_facts(root: str) -> DataFacts:
     """Of a data set as `vitscale ingest` leaves it: `root/train` and `root/val`, each with its index."""
-    train, validation = (DatasetIndex.open(join_url(root, split)) for split in ("train", "val"))
+    return facts_at(join_url(root, "train"), join_url(root, "val"))
+
+
+def facts_at(url: str, validation_url: str) -> DataFacts:
+    train, validation = DatasetIndex.open(url), DatasetIndex.open(validation_url)
     if train.classes != validation.classes:
-        raise ConfigError(f"{root}: training and validation shards name different classes")
+        raise ConfigError(f"{url} and {validation_url} name different classes; index both with the same ones")
     return DataFacts(
         url=train.url,
         validation_url=validation.url,

@@ -182,7 +182,11 @@ def test_refusals_are_one_line_and_change_nothing(journey: Path) -> None:
             2,
             "not a multiple of model.patch_size 2",
         ),
-        (("train", "vit-digits", *data, "--set", "optim.lerning_rate=1"), 2, "did you mean optim.learning_rate?"),
+        (
+            ("train", "vit-digits", *data, "--set", "optim.lerning_rate=1"),
+            2,
+            "did you mean optim.learning_rate?",
+        ),
         (("train", "vit-digits", *data, "--set", "train.global_batch_size=60"), 2, "multiple of data.lanes"),
         (("train", "vit-digits", "--data", "s3://vitscale/nothing"), 1, "is not indexed"),
         (("scale", "missing.yaml", *data), 2, "no file missing.yaml"),

@@ -177,5 +177,5 @@ def test_facts_are_read_from_both_indexes(store_url: str) -> None:
     assert (facts.num_images, facts.classes) == (6, TINY_CLASSES)
     assert len({facts.fingerprint, facts.validation_fingerprint}) == 2
     write_split(store_url, "val", 2, ("light", "dark"))
-    with pytest.raises(ConfigError, match=f"{store_url}: training and validation shards name different"):
+    with pytest.raises(ConfigError, match=f"{store_url}/val name different classes"):
         read_facts(store_url)

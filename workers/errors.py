@@ -21,3 +21,10 @@ class DataError(VitscaleError):
 
 class CheckpointError(VitscaleError):
     """A checkpoint or registered version cannot be trusted or used; the message names the object."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """`Connection refused`, rather than what three libraries wrapped around it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

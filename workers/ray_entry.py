@@ -5,13 +5,9 @@ from typing import Any
 
 from ray.train.torch import get_device
 
-import workers
-from workers.errors import ConfigError
 from workers.training.loop import train_worker
 
 
 def train_entry(payload: Mapping[str, Any]) -> None:
     """Runs on every worker of a `TorchTrainer`, which has initialised the process group."""
-    if getattr(workers, "DISTRIBUTION", None) != "vitscale":
-        raise ConfigError(f"{workers.__file__} is not vitscale's; install vitscale on the cluster's nodes")
     train_worker(payload, get_device())

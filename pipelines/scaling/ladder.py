@@ -5,24 +5,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from rich.console import Console, Group
 from rich.table import Table
 
-from orchestrator.job import JobSpec, run_url
+from orchestrator.job import JobSpec, is_complete, run_head, run_url
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
-from pipelines.pretrain import EXPERIMENT, read_config, resolve, run_job
+from pipelines.pretrain import EXPERIMENT, read_config, run_job
 from pipelines.recipes import DataFacts, read_facts, vit_digits
 from pipelines.scaling.laws import PowerLaw, error_rate, fit_power_law, wilson_interval
-from workers.config import Part, RunConfig, explain, make_config, override, read_yaml
+from workers.config import Part, RunConfig, explain, make_config, read_yaml
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
 from workers.storage import open_store
 from workers.training.checkpoint import read_manifest
-from workers.training.commits import CommitLog
 
 RESNET_LEARNING_RATE = 1e-2
 """For AdamW and a small ResNet with GroupNorm. With the toy ViTs' 1e-3 and 2e-3 it was worse: after 2 epochs
@@ -34,12 +33,22 @@ class Study(Part):
 
     base: RunConfig
     """Of every rung, but for the model's size and the subset of the data."""
-    vit_sizes: tuple[str, ...]
-    resnet_sizes: tuple[str, ...]
+    vit_sizes: tuple[str, ...] = ()
+    resnet_sizes: tuple[str, ...] = ()
     num_images: tuple[int, ...]
     """Distinct training images."""
     resnet_learning_rate: float | None = Field(default=None, gt=0)
     """The ResNets' own, since a rate that suits a ViT seldom suits them; None: the base's."""
+
+    @model_validator(mode="after")
+    def _has_rungs(self) -> Self:
+        for field in ("vit_sizes", "resnet_sizes", "num_images"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field}: {list(values)} names one twice")
+        if not self.num_images or not self.vit_sizes + self.resnet_sizes:
+            raise ValueError("a study needs num_images, and vit_sizes or resnet_sizes")
+        return self
 
     @property
     def name(self) -> str:
@@ -66,16 +75,16 @@ def read_study(text: str, data: str | None) -> Study:
     if text == "small":
         return small_study(_need_data(data, "study small"))
     values = read_yaml(Path(text))
-    changes = [f"{name}={json.dumps(value)}" for name, value in values.pop("set", {}).items()]
-    if isinstance(values.get("base"), str):
-        values["base"] = read_config(values["base"], data, changes).model_dump(mode="json")
-    elif isinstance(values.get("base"), dict):
-        values["base"] = override(values["base"], changes)
+    changes = values.pop("set", {})
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{text}: set: expected fields of the base, found {changes!r}")
+    if isinstance(values.get("base"), str | dict):
+        overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+        values["base"] = read_config(values["base"], data, overrides).model_dump(mode="json")
     try:
-        study = Study.model_validate_json(json.dumps(values))
+        return Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise ConfigError(f"{text}: {explain(error, Study)}") from None
-    return study.model_copy(update={"base": resolve(study.base)})
 
 
 def small_study(data: DataFacts, base: RunConfig | None = None, *, epochs: float = 20) -> Study:
@@ -133,10 +142,13 @@ def run_study(site: Site, study: Study, console: Console) -> list[RungResult]:
             experiment=EXPERIMENT,
             parent=study.name,
             tags={"vitscale.stage": "study"},
+            autoscaling=site.autoscaling,
         )
         run_job(site, spec, f"study of {len(configs)} runs", console)
     results = [_result(tracking, site, config) for config in configs]
-    tracking.client.log_dict(tracking.open_run(study.name), as_rows(results, fit_laws(results)), "study.json")
+    parent = tracking.open_run(study.name)
+    tracking.log_dict(parent, as_rows(results, fit_laws(results)), "study.json")
+    tracking.finish(parent, "FINISHED")
     return results
 
 
@@ -187,7 +199,7 @@ def as_table(results: Sequence[RungResult], laws: Mapping[str, PowerLaw]) -> Gro
             f"{result.errors / result.total:.2%}",
             f"{low:.1%} to {high:.1%}",
         )
-    lines = [f"{label}: error = {law.b:.3g} n^-{law.c:.2f}{_spread(law)}" for label, law in laws.items()]
+    lines = [f"{label}: error = {law.b:.3g} n^{-law.c:.2f}{_spread(law)}" for label, law in laws.items()]
     return Group(table, "", *lines)
 
 
@@ -203,15 +215,13 @@ def _need_data(data: str | None, what: str) -> DataFacts:
 
 
 def _is_recorded(tracking: Tracking, site: Site, config: RunConfig) -> bool:
-    head = CommitLog(open_store(run_url(site.runs, config))).head()
-    return head is not None and head.complete and tracking.is_finished(config.run)
+    return is_complete(site.runs, config) and tracking.is_finished(config.run)
 
 
 def _result(tracking: Tracking, site: Site, config: RunConfig) -> RungResult:
-    store = open_store(run_url(site.runs, config))
-    head = CommitLog(store).head()
+    head = run_head(site.runs, config)
     assert head is not None
-    metrics = read_manifest(store, head.manifest, head.digest).metrics
+    metrics = read_manifest(open_store(run_url(site.runs, config)), head.manifest, head.digest).metrics
     total = round(metrics["val_images"])
     return RungResult(
         config=config,

@@ -54,16 +54,24 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
     with worker_group(device):
         torch.set_num_threads(config.compute.cpus_per_worker)
         store = open_store(run_url)
+        # Before the lease: a configuration that does not fit its data must not stop whoever trains the run.
+        data, validation = _open_data(config)
         lease = share_lease(store, device)
         if lease is None:
             log.info("%s is complete", config.run)
         else:
-            _train_under(lease, config, store, device)
+            _train_under(lease, config, store, data, validation, device)
 
 
-def _train_under(lease: Lease, config: RunConfig, store: Store, device: torch.device) -> None:
+def _train_under(
+    lease: Lease,
+    config: RunConfig,
+    store: Store,
+    data: DatasetIndex,
+    validation: DatasetIndex,
+    device: torch.device,
+) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    data, validation = _open_data(config)
     order, samples = _make_order(config, data)
     model = _initial_model(config)
     if config.init is not None and lease.continues is None:
