@@ -14,8 +14,8 @@ setup: $(READY)  ## the virtual environment with pinned packages
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== installing into $(VENV), a minute or two"
-	$(PYTHON) -c 'import sys; sys.exit("vitscale needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) -c 'import sys; sys.exit("vitscale needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
@@ -39,6 +39,6 @@ test-fast: check  ## check, then the tests that start no services: about a minut
 	@echo "== pytest, without services"
 	$(BIN)/pytest -m "not services"
 
-clean: $(READY)  ## end the services and delete the virtual environment; data in .vitscale stays
-	$(BIN)/vitscale down
+clean:  ## end the services and delete the virtual environment; data in .vitscale stays
+	test ! -x $(BIN)/vitscale || $(BIN)/vitscale down
 	rm -rf $(VENV)

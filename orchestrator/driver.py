@@ -76,7 +76,7 @@ def run_job(spec: JobSpec, job: str) -> None:
 
 
 def _fit_all(spec: JobSpec, job: str) -> None:
-    configs = [config for config in spec.configs if not is_complete(spec.runs, config)]
+    configs = _incomplete(spec.runs, spec.configs)
     if not configs:
         return
     _await_room(spec, job, patience=0)
@@ -95,7 +95,6 @@ def _fit_all(spec: JobSpec, job: str) -> None:
             ray.get(done)
         except ray.exceptions.RayError as error:
             failure = failure or _as_ours(error)
-            _note(spec, job, f"{failure}; the others go on")
     if failure:
         raise failure
 
@@ -146,41 +145,57 @@ def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunCon
 
 
 def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
-    """Train a group's runs in one worker group; one that dies is started again from the last commits."""
-    payload: dict[str, Any] = {
-        "runs": [{"config": c.model_dump(mode="json"), "url": run_url(spec.runs, c)} for c in group]
-    }
+    """Train a group's runs, one after another, in one worker group.
+
+    One that dies is started again from the last commits. A run that cannot be trained does not keep the
+    others from it; what was wrong with the first such is raised when they are done.
+    """
+    failures: dict[str, VitscaleError] = {}
     deaths, progress = 0, _images_seen(spec.runs, group)
-    while not all(is_complete(spec.runs, config) for config in group):
+    while waiting := _incomplete(spec.runs, [c for c in group if c.run not in failures]):
         try:
             with tempfile.TemporaryDirectory(prefix="vitscale-") as scratch:
-                _trainer(payload, group[0], scratch).fit()
+                _trainer(spec.runs, waiting, scratch).fit()
+            continue
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             cause = _as_ours(error)
-            before, progress = progress, _images_seen(spec.runs, group)
-            deaths = 1 if progress > before else deaths + 1
-            # An error of ours would come again; above all, who lost the run's lease must not take it back.
-            if type(cause) is not VitscaleError or deaths > RESTARTS:
-                raise cause from error
+        if isinstance(cause, DataError):
+            raise cause  # the data, or a service: the other runs need them too
+        stuck = _incomplete(spec.runs, waiting)
+        before, progress = progress, _images_seen(spec.runs, group)
+        deaths = 1 if progress > before else deaths + 1
+        # An error of ours would come again; above all, who lost a run's lease must not take it back.
+        if stuck and (type(cause) is not VitscaleError or deaths > RESTARTS):
+            failures[stuck[0].run], deaths = cause, 0
+            log.error("%s cannot be trained: %s", stuck[0].run, cause)
+        else:
             log.warning("the worker group died at image %d, starting it again: %s", progress, cause)
             _note(spec, job, f"a worker died; starting again from image {progress:,}")
             _await_room(spec, job, patience=LOST_NODE_SECONDS)
+    if failures:
+        raise next(iter(failures.values()))
 
 
-def _trainer(payload: dict[str, Any], config: RunConfig, scratch: str) -> TorchTrainer:
-    compute = config.compute
+def _trainer(runs: str, group: Sequence[RunConfig], scratch: str) -> TorchTrainer:
+    compute = group[0].compute
     resources = {"CPU": compute.cpus_per_worker}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
     return TorchTrainer(
         train_entry,
-        train_loop_config=payload,
+        train_loop_config={
+            "runs": [{"config": c.model_dump(mode="json"), "url": run_url(runs, c)} for c in group]
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
         ),
         # Ray keeps its own notes here; checkpoints and their log are ours, Ray is never given one.
-        run_config=ray.train.RunConfig(name=config.run, storage_path=scratch),
+        run_config=ray.train.RunConfig(name=group[0].run, storage_path=scratch),
     )
+
+
+def _incomplete(runs: str, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    return [config for config in configs if not is_complete(runs, config)]
 
 
 def _images_seen(runs: str, group: Sequence[RunConfig]) -> int:
@@ -192,10 +207,12 @@ def _as_ours(error: BaseException) -> VitscaleError:
     """The error of ours behind one of Ray's, else Ray's as one of ours."""
     seen: list[BaseException] = [error]
     for item in seen:
-        if isinstance(item, VitscaleError):
+        # Ray makes a traceback of a task's error look like that error's own class.
+        if isinstance(item, VitscaleError) and not isinstance(item, ray.exceptions.RayTaskError):
             return item
         nested = [
             *getattr(item, "worker_failures", {}).values(),
+            getattr(item, "controller_failure", None),
             getattr(item, "cause", None),
             item.__cause__,
         ]

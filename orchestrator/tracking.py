@@ -19,7 +19,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.job import JobSpec, is_complete, run_url
+from orchestrator.job import JobSpec, is_complete, run_head, run_url
 from workers.config import RunConfig
 from workers.errors import DataError, root_cause
 from workers.storage import Store, open_store
@@ -135,6 +135,8 @@ class JobRuns:
         self._tracking = tracking
         self._spec = spec
         self._parent = tracking.open_run(spec.parent) if spec.parent else None
+        if self._parent:
+            tracking.resume(self._parent)
         self.ids: dict[str, str] = {}
         """By the runs' names."""
         self._drains: dict[str, Drain] = {}
@@ -159,9 +161,10 @@ class JobRuns:
     def end(self, status: str) -> None:
         """Send what is left; a run that is not complete ends as `status`. DataError if MLflow is down."""
         for config in self._spec.configs:
+            head = run_head(self._spec.runs, config)
             with mlflow_errors(self._tracking.name):
-                self._drains[config.run].step()
-            done = is_complete(self._spec.runs, config)
+                self._drains[config.run].step(committed=head.images_seen if head else 0)
+            done = head is not None and head.complete
             self._tracking.finish(self.ids[config.run], "FINISHED" if done else status)
         if self._parent:
             self._tracking.finish(self._parent, status)
@@ -188,8 +191,11 @@ class Drain:
         """Covered and not sent yet; so is the table."""
         self._confusion: dict[str, Any] | None = None
 
-    def step(self) -> None:
-        """Read what is new, send what a commit covers; after an error of MLflow call again for the rest."""
+    def step(self, committed: int = 0) -> None:
+        """Read what is new, send what a commit covers; after an error of MLflow call again for the rest.
+
+        `committed`: images seen at the newest commit, which may lack its event if a worker died after it.
+        """
         for event in self._reader.read():
             if event["kind"] in ("start", "commit"):
                 self._cover(event["images_seen"])
@@ -197,6 +203,7 @@ class Drain:
                 self._waiting.clear()
             elif event["kind"] in ("metrics", "confusion"):
                 self._waiting.append(event)
+        self._cover(committed)
         client = self._tracking.client
         while self._points:
             client.log_batch(self._run_id, metrics=self._points[:BATCH])

@@ -104,6 +104,18 @@ def test_points_wait_for_the_commit_that_covers_them(mlflow: FakeMlflow, store: 
     assert mlflow.curve == [(10, 3.0), (20, 2.0), (30, 1.0)]
 
 
+def test_a_commit_without_its_event_covers_all_the_same(mlflow: FakeMlflow, store: MemoryStore) -> None:
+    """Rank 0 died between the log's entry and the event that tells of it."""
+    drain = make_drain(mlflow, store)
+    writer = start(store, 0, 0)
+    loss(writer, 10, 3.0)
+    loss(writer, 20, 2.0)
+    drain.step(committed=10)
+    assert mlflow.curve == [(10, 3.0)]
+    drain.step(committed=20)
+    assert mlflow.curve == [(10, 3.0), (20, 2.0)]
+
+
 def test_what_is_computed_again_appears_once_and_as_it_counts(mlflow: FakeMlflow, store: MemoryStore) -> None:
     drain = make_drain(mlflow, store)
     writer = start(store, 0, 0)

@@ -180,15 +180,7 @@ def _decode_threads(config: RunConfig) -> int:
 def _initial_model(config: RunConfig) -> nn.Module:
     """Whole and equal on every rank, from the seed."""
     torch.manual_seed(config.seed)
-    part = config.model
-    return build_model(
-        part.family,
-        part.size,
-        image_size=part.image_size,
-        patch_size=part.patch_size,
-        channels=part.channels,
-        num_classes=part.num_classes,
-    )
+    return build_model(**config.model.model_dump())
 
 
 def _load_parent(init: InitConfig, model: nn.Module) -> None:

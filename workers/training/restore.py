@@ -13,14 +13,7 @@ def load_model(url: str, digest: str) -> tuple[nn.Module, Manifest]:
     """The model of a manifest, in evaluation mode; every byte is verified before use."""
     store, manifest = open_manifest(url, digest)
     config = make_config(manifest.config).model
-    model = build_model(
-        config.family,
-        config.size,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        channels=config.channels,
-        num_classes=config.num_classes,
-    )
+    model = build_model(**config.model_dump())
     check_shapes(manifest, {name: list(value.shape) for name, value in model.named_parameters()})
     model.load_state_dict(load_full(store, manifest))
     return model.eval(), manifest

@@ -1,0 +1,239 @@
+"""The driver: what fits a cluster, what is tried again when workers die, and what reaches the user."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+
+from orchestrator import driver
+from orchestrator.driver import RESTARTS, count_slots
+from orchestrator.job import JobSpec, is_complete, read_note, run_url
+from orchestrator.site import Site
+from orchestrator.tracking import JobRuns, Tracking
+from tests.test_config import VALUES, changed
+from workers.config import ComputeConfig, RunConfig, make_config
+from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
+from workers.storage import open_store
+from workers.training.commits import CommitLog
+
+CONFIG = make_config(changed("compute.workers", 4))
+JOB = "job-0"
+
+
+def make_spec(runs: str, *configs: RunConfig, autoscaling: bool = False) -> JobSpec:
+    return JobSpec(
+        configs=configs, runs=runs, mlflow="http://127.0.0.1:1", experiment="x", autoscaling=autoscaling
+    )
+
+
+def node(alive: bool = True, **resources: float) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": {"memory": 1e9, **resources}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "compute", "slots"),
+    [
+        ([], ComputeConfig(), 0),
+        ([node(CPU=2.0)], ComputeConfig(), 2),
+        ([node(CPU=4.0), node(alive=False, CPU=4.0)], ComputeConfig(cpus_per_worker=2), 2),
+        ([node(CPU=3.0), node(CPU=3.0)], ComputeConfig(cpus_per_worker=2), 2),
+        ([node(CPU=7.0), node()], ComputeConfig(cpus_per_worker=8), 0),
+        ([node(CPU=64.0)], ComputeConfig(gpus_per_worker=1), 0),
+        ([node(CPU=64.0, GPU=8.0), node(CPU=4.0)], ComputeConfig(cpus_per_worker=16, gpus_per_worker=2), 4),
+    ],
+)
+def test_a_worker_needs_its_cpus_and_gpus_on_one_node(
+    nodes: list[dict[str, Any]], compute: ComputeConfig, slots: int
+) -> None:
+    assert count_slots(nodes, compute) == slots
+
+
+def test_what_a_cluster_of_fixed_size_cannot_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch, store_url: str
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [node(CPU=2.0)])
+    with pytest.raises(ConfigError, match=r"compute\.workers: no room for 4 workers of 1 CPU .* for 2\. .*"):
+        driver._await_room(make_spec(store_url, CONFIG), JOB, patience=0)
+
+
+def test_a_cluster_that_adds_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [node(CPU=2.0)])
+    driver._await_room(make_spec(store_url, CONFIG, autoscaling=True), JOB, patience=0)
+    note = read_note(open_store(store_url), JOB)
+    assert note == "waiting for nodes for 4 workers of 1 CPU each; the cluster's nodes have room for 2"
+
+
+def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    seen = iter([[node(CPU=3.0)], [node(CPU=3.0)], [node(CPU=3.0), node(CPU=1.0)]])
+    monkeypatch.setattr(ray, "nodes", lambda: next(seen))
+    monkeypatch.setattr(driver, "POLL_SECONDS", 0.0)
+    driver._await_room(make_spec(store_url, CONFIG), JOB, patience=60)
+    assert next(seen, None) is None
+    assert read_note(open_store(store_url), JOB).startswith("waiting for lost nodes: no room for 4 workers")
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """The runs of each worker group that `_fit` started; nobody has to wait for room."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(driver, "_await_room", lambda *_, **__: None)
+    yield started
+
+
+Act = Callable[[list[RunConfig]], None]
+
+
+def use_trainer(monkeypatch: pytest.MonkeyPatch, groups: list[list[str]], act: Act) -> None:
+    """Worker groups that do `act`, whose errors come back as Ray has them."""
+
+    class Trainer:
+        def __init__(self, runs: str, group: list[RunConfig], scratch: str) -> None:
+            self._group = group
+            groups.append([config.run for config in group])
+
+        def fit(self) -> None:
+            try:
+                act(self._group)
+            except (VitscaleError, OSError) as error:
+                raise ray.train.WorkerGroupError("rank 1", {1: error}) from None
+
+    monkeypatch.setattr(driver, "_trainer", Trainer)
+
+
+def commit(runs: str, config: RunConfig, images_seen: int, *, complete: bool = False) -> None:
+    log = CommitLog(open_store(run_url(runs, config)))
+    lease = log.take_lease()
+    log.append(
+        lease, parent=lease.continues, manifest="m", digest="d", images_seen=images_seen, complete=complete
+    )
+
+
+def seeds(*numbers: int) -> list[RunConfig]:
+    return [make_config(changed("seed", number)) for number in numbers]
+
+
+def test_a_group_that_dies_is_started_again_as_long_as_it_commits(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    (config,) = seeds(1)
+
+    def act(group: list[RunConfig]) -> None:
+        commit(store_url, config, len(groups), complete=len(groups) == 3 * RESTARTS)
+        if len(groups) < 3 * RESTARTS:
+            raise OSError("killed")
+
+    use_trainer(monkeypatch, groups, act)
+    driver._fit(make_spec(store_url, config), JOB, [config])
+    assert len(groups) == 3 * RESTARTS
+    assert is_complete(store_url, config)
+    assert (
+        read_note(open_store(store_url), JOB) == f"a worker died; starting again from image {len(groups) - 1}"
+    )
+
+
+def test_a_group_that_dies_without_a_commit_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    (config,) = seeds(1)
+
+    def act(group: list[RunConfig]) -> None:
+        raise OSError("killed")
+
+    use_trainer(monkeypatch, groups, act)
+    with pytest.raises(VitscaleError, match="training failed: Training failed due to worker errors"):
+        driver._fit(make_spec(store_url, config), JOB, [config])
+    assert len(groups) == RESTARTS + 1
+
+
+def test_who_lost_the_lease_does_not_take_it_back(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    """Ray may call a job failed whose driver lives; the next one's commits are no progress of that one's."""
+    (config,) = seeds(1)
+
+    def act(group: list[RunConfig]) -> None:
+        commit(store_url, config, 64)
+        raise CheckpointError("another writer has taken over this run")
+
+    use_trainer(monkeypatch, groups, act)
+    with pytest.raises(CheckpointError, match="another writer has taken over"):
+        driver._fit(make_spec(store_url, config), JOB, [config])
+    assert len(groups) == 1
+
+
+def test_a_run_that_cannot_be_trained_does_not_keep_the_others_from_it(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    first, second, third = seeds(1, 2, 3)
+
+    def act(group: list[RunConfig]) -> None:
+        for config in group:
+            if config is second:
+                raise ConfigError("optim.learning_rate: diverged")
+            commit(store_url, config, 64, complete=True)
+
+    use_trainer(monkeypatch, groups, act)
+    with pytest.raises(ConfigError, match="diverged"):
+        driver._fit(make_spec(store_url, first, second, third), JOB, [first, second, third])
+    assert groups == [[first.run, second.run, third.run], [third.run]]
+    assert [is_complete(store_url, config) for config in (first, second, third)] == [True, False, True]
+
+
+def test_data_that_cannot_be_read_ends_the_job(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    configs = seeds(1, 2)
+
+    def act(group: list[RunConfig]) -> None:
+        raise DataError("train-000000.tar: digest mismatch")
+
+    use_trainer(monkeypatch, groups, act)
+    with pytest.raises(DataError, match="digest mismatch"):
+        driver._fit(make_spec(store_url, *configs), JOB, configs)
+    assert len(groups) == 1
+
+
+def test_an_error_of_ours_is_found_behind_ray_s_and_told_without_a_traceback() -> None:
+    """Ray gives a task's error the class of its cause, and a traceback for a text."""
+    ours = ConfigError("optim.learning_rate: diverged")
+    wrapped = ray.exceptions.RayTaskError("_fit", "Traceback (most recent call last): ...", ours)
+    looks_like_ours = wrapped.as_instanceof_cause()
+    assert isinstance(looks_like_ours, ConfigError)
+    group = ray.train.WorkerGroupError("rank 0", {0: OSError("gloo"), 1: looks_like_ours})
+    for error in (ours, looks_like_ours, group, ray.train.ControllerError(looks_like_ours)):
+        found = driver._as_ours(error)
+        assert type(found) is ConfigError
+        assert str(found) == "optim.learning_rate: diverged"
+
+
+def test_runs_that_are_complete_need_no_room(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    """Such as when only their registration failed; and no cluster is asked for anything."""
+    config = make_config(VALUES)
+    commit(store_url, config, 64, complete=True)
+    driver._fit_all(make_spec(store_url, config), JOB)
+
+
+@pytest.mark.services
+def test_mlflow_says_how_each_run_of_a_job_ended(services: Site, store_url: str) -> None:
+    first, second = seeds(11, 12)
+    spec = JobSpec(
+        configs=(first, second), runs=store_url, mlflow=services.mlflow, experiment="jobs", parent="study-1"
+    )
+    tracking = Tracking(services.mlflow, "jobs")
+
+    def statuses() -> list[str]:
+        names = [first.run, second.run, "study-1"]
+        return [tracking.client.get_run(str(tracking.find_run(name))).info.status for name in names]
+
+    runs = JobRuns(tracking, spec)
+    commit(store_url, first, 64, complete=True)
+    runs.end("KILLED")
+    assert statuses() == ["FINISHED", "KILLED", "KILLED"]
+    again = JobRuns(tracking, spec)
+    assert again.ids == runs.ids
+    assert statuses() == ["FINISHED", "RUNNING", "RUNNING"]
+    commit(store_url, second, 64, complete=True)
+    again.end("FINISHED")
+    assert statuses() == ["FINISHED", "FINISHED", "FINISHED"]
