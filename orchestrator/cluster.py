@@ -31,16 +31,15 @@ JOB_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A job that is stopped says so in MLflow; Ray's 3 s are too few for that.
     "RAY_JOB_STOP_WAIT_TIME_S": "20",
-    # MLflow's client would try for minutes, and at the end of a run somebody waits for it.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    # MLflow's client would wait 120 s for a server that hangs, and at the end of a run somebody waits for it.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-"""Of every process of a job; no secret is ever in it, since Ray shows it to whoever asks."""
+"""Of every process of a job, with the site's settings. Ray shows it to whoever asks: nothing secret."""
 
 
 class Cluster:
     def __init__(self, site: Site) -> None:
-        self._url = site.ray
+        self._site = site
         with self._errors():
             self._client = JobSubmissionClient(site.ray)
 
@@ -94,7 +93,7 @@ class Cluster:
             self._client.submit_job(
                 entrypoint=shlex.join(entrypoint),
                 submission_id=job,
-                runtime_env={"env_vars": JOB_ENVIRONMENT},
+                runtime_env={"env_vars": self._site.settings() | JOB_ENVIRONMENT},
                 metadata={RUNS: ",".join(config.run for config in spec.configs)},
             )
         except RuntimeError as error:
@@ -128,13 +127,13 @@ class Cluster:
             yield
         except AuthenticationError as error:
             raise DataError(
-                f"Ray at {self._url} refused the token; name its file in the site's ray_token_file"
+                f"Ray at {self._site.ray} refused the token; name its file in the site's ray_token_file"
             ) from error
         except (OSError, RuntimeError) as error:
             # After a traceback of the server's, the last line says what happened.
             reason = str(root_cause(error)).strip().rpartition("\n")[2]
             raise DataError(
-                f"Ray at {self._url} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
+                f"Ray at {self._site.ray} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
             ) from error
 
 

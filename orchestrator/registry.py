@@ -5,6 +5,7 @@ alias follows it. MLflow alone would let the last writer win without a word.
 """
 
 import json
+import logging
 import os
 import re
 import time
@@ -22,6 +23,8 @@ from workers.errors import CheckpointError, ConfigError
 from workers.storage import AlreadyExists, NotFound, join_url, open_store
 from workers.training.checkpoint import Manifest, open_manifest
 from workers.training.restore import restore_test
+
+log = logging.getLogger(__name__)
 
 SERVICE = "MLflow's model registry"
 DIGEST_TAG = "vitscale.manifest_sha256"
@@ -117,8 +120,7 @@ class Registry:
             while page.token:
                 page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
                 found += page
-        ours = [_from_mlflow(version) for version in found if DIGEST_TAG in version.tags]
-        return sorted(ours, key=lambda v: (v.model, v.version))
+        return sorted(_readable(found), key=lambda v: (v.model, v.version))
 
     def resolve(self, reference: str) -> Version:
         """`model@alias` by the promotion log, or `model/version`."""
@@ -244,6 +246,16 @@ def _tags(config: RunConfig, manifest: Manifest, digest: str) -> dict[str, str]:
         "vitscale.parent": config.init.parent if config.init else "",
     }
     return tags | {f"metric.{name}": repr(value) for name, value in manifest.metrics.items()}
+
+
+def _readable(versions: Iterable[ModelVersion]) -> Iterator[Version]:
+    """Those of ours; anybody may edit tags in MLflow, and one such version must not hide the others."""
+    for version in versions:
+        if DIGEST_TAG in version.tags:
+            try:
+                yield _from_mlflow(version)
+            except (KeyError, ValueError) as error:
+                log.warning("%s/%s is left out: tag %s was changed", version.name, version.version, error)
 
 
 def _from_mlflow(version: ModelVersion) -> Version:

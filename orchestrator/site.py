@@ -118,13 +118,9 @@ class Site(BaseModel):
         """Of a data set: a URL is one already, a name starts at the data root."""
         return name if "://" in name else join_url(self.data, name)
 
-    def environment(self) -> dict[str, str]:
-        """What makes boto3, MLflow's client and Ray find these services, on top of a process's own.
-
-        Where the site names a credentials file or a token file, variables that would take precedence over it
-        are set empty: keys for AWS that lie in a user's shell do not reach the local object store.
-        """
-        environment = {
+    def settings(self) -> dict[str, str]:
+        """Environment of whoever uses these services, jobs too: no secret, and no path of this machine."""
+        settings = {
             "MLFLOW_TRACKING_URI": self.mlflow,
             "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -134,13 +130,22 @@ class Site(BaseModel):
         region = self.s3_region
         if self.s3_endpoint is not None:
             region = region or "us-east-1"
-            environment |= {
+            settings |= {
                 "AWS_ENDPOINT_URL_S3": self.s3_endpoint,
                 "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint,
             }
         if region is not None:
             # botocore reads AWS_DEFAULT_REGION, every other SDK AWS_REGION.
-            environment |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}
+            settings |= {"AWS_REGION": region, "AWS_DEFAULT_REGION": region}
+        return settings
+
+    def environment(self) -> dict[str, str]:
+        """What makes boto3, MLflow's client and Ray find these services, on top of a process's own.
+
+        Where the site names a credentials file or a token file, variables that would take precedence over it
+        are set empty: keys for AWS that lie in a user's shell do not reach the local object store.
+        """
+        environment = self.settings()
         if self.aws_config_file is not None:
             environment["AWS_CONFIG_FILE"] = str(self.aws_config_file)
         if self.aws_credentials_file is not None:

@@ -105,7 +105,9 @@ def quickstart(
     Example: vitscale quickstart --dir /tmp/try
     """
     from orchestrator import services
+    from pipelines.sources import open_source
 
+    open_source(data)  # a mistake in it is told before anything starts
     site = services.up(directory.resolve(), progress=console.print)
     # Ray reads its authentication mode when it is first imported, so the environment comes before.
     os.environ.update(site.environment())

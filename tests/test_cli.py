@@ -34,6 +34,7 @@ def test_every_command_s_help_has_an_example_and_explains_each_option(name: str)
         (["train", "vit-digits", "--site", "missing.yaml"], "no site file missing.yaml"),
         (["ingest", "digits", "somewhere"], "no site file"),
         (["ingest", "missing", "file:///nothing"], "missing"),
+        (["quickstart", "--data", "missing"], "missing"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -85,7 +85,13 @@ def cluster(fake: FakeRay) -> Cluster:
 
 
 SITE = Site(
-    ray="http://head:8265", mlflow="http://mlflow", data="file:///nothing/data", runs="file:///nothing/runs"
+    ray="http://head:8265",
+    mlflow="http://mlflow",
+    data="s3://data",
+    runs="s3://runs",
+    s3_endpoint="http://s3:9000",
+    aws_credentials_file=Path("/home/me/.aws/credentials"),
+    ray_token_file=Path("/home/me/.ray/auth_token"),
 )
 
 
@@ -148,7 +154,10 @@ def test_nothing_that_a_person_typed_reaches_the_shell_and_no_secret_the_job(
     assert job.entrypoint == (
         f"python -P -m orchestrator.driver {store_url} {spec.digest} {job.submission_id}"
     )
-    assert job.runtime_env["env_vars"]["PYTHONSAFEPATH"] == "1"
+    environment = job.runtime_env["env_vars"]
+    assert environment["PYTHONSAFEPATH"] == "1"
+    assert environment["AWS_ENDPOINT_URL_S3"] == "http://s3:9000"
+    assert not any("KEY" in name or "TOKEN" in name or "FILE" in name for name in environment)
     assert "canary" not in json.dumps(job.runtime_env) + json.dumps(job.metadata)
 
 
