@@ -5,23 +5,20 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipelines import data_commands
+from pipelines.terminal import AsJson, SiteFile, console, errors, open_site, progress_console
 from workers.errors import ConfigError, VitscaleError
 
 if TYPE_CHECKING:
     from orchestrator.registry import Version
-    from orchestrator.site import Site
 
 app = typer.Typer(
     name="vitscale",
@@ -33,18 +30,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
 INTERRUPTED = 130
 """What typer exits with after Ctrl-C."""
 
 Directory = Annotated[Path, typer.Option("--dir", help="Where services keep their data and state.")]
-SiteFile = Annotated[
-    Path | None,
-    typer.Option("--site", help="Site file with the services' addresses. Default: .vitscale/site.yaml"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field, e.g. optim.learning_rate=1e-3. Repeatable.")
 ]
@@ -161,71 +150,8 @@ def down(directory: Directory = Path(".vitscale")) -> None:
     services.down(directory.resolve(), console.print)
 
 
-@app.command()
-def ingest(
-    source: Annotated[
-        str,
-        typer.Argument(help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg."),
-    ],
-    destination: Annotated[
-        str,
-        typer.Argument(help="URL to write to, e.g. s3://bucket/birds; or a name below the site's data root."),
-    ],
-    validation: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
-    limit: Annotated[int | None, typer.Option(help="Take only so many images.")] = None,
-    skip_unreadable: Annotated[
-        bool, typer.Option(help="Leave unreadable images out and list them, instead of stopping.")
-    ] = False,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Images to WebDataset shards with an index beside them, split into training and validation.
-
-    Example: vitscale ingest photos/ s3://vitscale/photos
-    """
-    from pipelines.ingest import ingest as run_ingest
-
-    where = _site_if_any(site) if "://" in destination else _site(site)
-    url = where.data_url(destination) if where else destination
-    with _bar(f"ingest {source}") as advance:
-        report = run_ingest(
-            source,
-            url,
-            validation=validation,
-            limit=limit,
-            skip_unreadable=skip_unreadable,
-            progress=advance,
-        )
-    if as_json:
-        typer.echo(json.dumps(asdict(report)))
-        return
-    console.print(
-        f"{url}: {report.num_train:,} training and {report.num_validation:,} validation images, "
-        f"{len(report.classes)} classes"
-    )
-    for line in report.skipped:
-        console.print(f"  left out: {line}", markup=False)
-
-
-@app.command()
-def index(url: str, site: SiteFile = None, as_json: AsJson = False) -> None:
-    """Index existing WebDataset shards, or bring an index up to date; shards are not changed.
-
-    Example: vitscale index s3://bucket/photos/train
-    """
-    from workers.data.index import build_index
-
-    _site_if_any(site)
-    with _bar(f"index {url}") as advance:
-        result = build_index(url, progress=advance)
-    if as_json:
-        facts = {"url": url, "fingerprint": result.fingerprint, "num_samples": result.num_samples}
-        typer.echo(json.dumps({**facts, "num_shards": len(result.shards), "classes": list(result.classes)}))
-        return
-    console.print(
-        f"{url}: {result.num_samples:,} samples in {len(result.shards)} shards, "
-        f"{len(result.classes)} classes, fingerprint {result.fingerprint[:12]}"
-    )
+app.command()(data_commands.ingest)
+app.command()(data_commands.index)
 
 
 @app.command()
@@ -255,12 +181,16 @@ def train(
 
     Example: vitscale train vit-digits --data s3://vitscale/digits --set train.images=50000
     """
-    where = _site(site)
+    where = open_site(site)
     from pipelines import pretrain
 
     run = pretrain.read_config(config, where.data_url(data) if data else None, overrides or [])
     version = pretrain.train(
-        where, run, register_as=register_as or run.name, label=f"train {run.name}", console=_progress(as_json)
+        where,
+        run,
+        register_as=register_as or run.name,
+        label=f"train {run.name}",
+        console=progress_console(as_json),
     )
     _print_version(version, as_json)
 
@@ -282,7 +212,7 @@ def finetune(
 
     Example: vitscale finetune vit-digits@champion --image-size 16
     """
-    where = _site(site)
+    where = open_site(site)
     from pipelines.finetune import finetune as run_finetune
     from pipelines.finetune import finetune_config
 
@@ -294,7 +224,7 @@ def finetune(
         epochs=epochs,
         overrides=overrides or [],
     )
-    version = run_finetune(where, run, register_as=register_as, console=_progress(as_json))
+    version = run_finetune(where, run, register_as=register_as, console=progress_console(as_json))
     _print_version(version, as_json)
 
 
@@ -308,7 +238,7 @@ def models(
 
     Example: vitscale models
     """
-    where = _site(site)
+    where = open_site(site)
     from orchestrator.registry import Registry
     from orchestrator.tracking import Tracking
     from pipelines.pretrain import EXPERIMENT
@@ -357,7 +287,7 @@ def promote(
 
     Example: vitscale promote vit-digits 1 --to champion --minimum 0.9
     """
-    where = _site(site)
+    where = open_site(site)
     from orchestrator.registry import Gate
     from pipelines.promote import promote as run_promote
 
@@ -384,65 +314,16 @@ def scale(
 
     Example: vitscale scale small --data s3://vitscale/digits
     """
-    where = _site(site)
+    where = open_site(site)
     from pipelines.scaling import ladder
 
     plan = ladder.read_study(study, where.data_url(data) if data else None)
-    results = ladder.run_study(where, plan, _progress(as_json))
+    results = ladder.run_study(where, plan, progress_console(as_json))
     laws = ladder.fit_laws(results)
     if as_json:
         typer.echo(json.dumps(ladder.as_rows(results, laws)))
         return
     console.print(ladder.as_table(results, laws))
-
-
-def _site(path: Path | None) -> "Site":
-    """The site, with this process's environment set so that boto3, MLflow and Ray find its services.
-
-    Call it before anything imports Ray, which reads its authentication mode at that moment.
-    """
-    from orchestrator.site import Site, find_site
-
-    site = Site.load(find_site(path))
-    os.environ.update(site.environment())
-    return site
-
-
-def _site_if_any(path: Path | None) -> "Site | None":
-    """For commands that only need the object store, which one's own AWS configuration may describe."""
-    from orchestrator.site import DEFAULT_SITE
-
-    return _site(path) if path is not None or DEFAULT_SITE.is_file() else None
-
-
-def _progress(as_json: bool) -> Console:
-    """Where progress goes: with --json standard output is for the machine alone."""
-    return errors if as_json else console
-
-
-def _bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    return _Bar(label)
-
-
-class _Bar:
-    def __init__(self, label: str) -> None:
-        self._bar = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=errors,
-            transient=True,
-            disable=not errors.is_terminal,
-        )
-        self._task = self._bar.add_task(label, total=None)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar.start()
-        return lambda done, total: self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
 
 
 def _print_version(version: "Version", as_json: bool) -> None:

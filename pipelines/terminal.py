@@ -1,0 +1,73 @@
+"""The terminal: where commands print, their common options, progress bars."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from orchestrator.site import Site
+
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+SiteFile = Annotated[
+    Path | None,
+    typer.Option("--site", help="Site file with the services' addresses. Default: .vitscale/site.yaml"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def open_site(path: Path | None) -> "Site":
+    """The site, with this process's environment set so that boto3, MLflow and Ray find its services.
+
+    Call it before anything imports Ray, which reads its authentication mode at that moment.
+    """
+    from orchestrator.site import Site, find_site
+
+    site = Site.load(find_site(path))
+    os.environ.update(site.environment())
+    return site
+
+
+def site_if_any(path: Path | None) -> "Site | None":
+    """For commands that only need the object store, which one's own AWS configuration may describe."""
+    from orchestrator.site import DEFAULT_SITE
+
+    return open_site(path) if path is not None or DEFAULT_SITE.is_file() else None
+
+
+def progress_console(as_json: bool) -> Console:
+    """Where progress goes: with --json standard output is for the machine alone."""
+    return errors if as_json else console
+
+
+def bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    return _Bar(label)
+
+
+class _Bar:
+    def __init__(self, label: str) -> None:
+        self._bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        return lambda done, total: self._bar.update(self._task, completed=done, total=total)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
