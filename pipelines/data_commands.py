@@ -59,7 +59,7 @@ def index(url: str, site: SiteFile = None, as_json: AsJson = False) -> None:
 
     Example: vitscale index s3://bucket/photos/train
     """
-    from workers.data.index import build_index
+    from workers.data.indexing import build_index
 
     site_if_any(site)
     with bar(f"index {url}") as advance:

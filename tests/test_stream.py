@@ -19,7 +19,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 import workers.data.samples
 from tests.conftest import make_png, make_tar
 from workers.config import AugmentConfig
-from workers.data.index import build_index
+from workers.data.indexing import build_index
 from workers.data.order import Order
 from workers.data.samples import SampleReader, StageTimes
 from workers.data.stream import READERS, TrainStream, validation_batches
