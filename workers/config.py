@@ -88,6 +88,11 @@ class DataConfig(Part):
     fingerprint: str | None = None
     """Filled in from the index when a run is made; identifies the data wherever it lies."""
     validation_fingerprint: str | None = None
+    image_key: str | None = None
+    """Extensions of a sample's image, such as "jpg;png"; None: as the data was indexed. Otherwise the index
+    must say the same."""
+    label: str | None = None
+    """Where labels are: cls, txt, json:FIELD, key:REGEX or none; None and otherwise as for image_key."""
     subset: int | None = Field(default=None, gt=0)
     """Train on the first so many samples of a seeded permutation; nested across sizes."""
     subset_seed: int = 0
@@ -175,6 +180,8 @@ class RunConfig(Part):
         for url, fingerprint in (("url", "fingerprint"), ("validation_url", "validation_fingerprint")):
             if identity["data"][fingerprint] is not None:
                 identity["data"].pop(url)
+        for layout in ("image_key", "label"):  # checks: what they say is in the index, and its fingerprint
+            identity["data"].pop(layout)
         if self.init is not None:
             identity["init"] = {"digest": self.init.digest, "new_head": self.init.new_head}
         for interval in ("log_every_images", "checkpoint_every_images", "eval_every_images"):
@@ -289,14 +296,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _hint(path: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    """The field that was meant: one of the same group with a like name, or of that name elsewhere."""
+    """The field that was meant: of that name elsewhere, or one of the same group with a like name."""
     *group, name = path
     model = root
     for part in group:
         if isinstance(part, str):
             model = _groups(model)[part]
     near = difflib.get_close_matches(str(name), model.model_fields, n=1)
-    meant = [".".join(str(part) for part in (*group, *near))] if near else _find(root, str(name))
+    meant = _find(root, str(name)) or [".".join(str(part) for part in (*group, like)) for like in near]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(model.model_fields)}"
 
 

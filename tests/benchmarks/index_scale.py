@@ -1,7 +1,7 @@
 """A simulated index of 1,000,000 shards and 10^10 samples: opening it, its memory, positions per second.
 
-    python -m tests.benchmarks.index_scale
-    python -m tests.benchmarks.index_scale --shards 50000
+python -m tests.benchmarks.index_scale
+python -m tests.benchmarks.index_scale --shards 50000
 """
 
 import argparse
