@@ -160,7 +160,7 @@ def test_where_a_label_stands(rule: str, member: tuple[str, bytes]):
 )
 def test_labels_that_cannot_be_used(tmp_path: Path, rule: str, content: bytes, said: str):
     extension = "json" if rule.startswith("json") else "cls"
-    with pytest.raises(DataError, match="^s.tar: sample 'ab' has ") as caught:
+    with pytest.raises(DataError, match=r"^s\.tar: sample 'ab' has ") as caught:
         build(tmp_path, ("ab.jpg", b"?"), (f"ab.{extension}", content), label=rule)
     assert said in str(caught.value)
 
