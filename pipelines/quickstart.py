@@ -232,7 +232,7 @@ def _choose_recipe(data: str, facts: DataFacts) -> str:
     for number, record in zip(*index.records(0, min(16, index.num_samples)), strict=True):
         start, length = int(record["image_offset"]), int(record["image_size"])
         image = decode(store.read_range(index.shards[number].name, start, length), channels=3)
-        sides.append(min(image.size))
+        sides.append(min(image.shape[:2]))
     return "vit-cifar10" if sorted(sides)[len(sides) // 2] <= SMALL_IMAGE else "vit-photos"
 
 
