@@ -15,13 +15,13 @@ from typing import Literal, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from workers.config import AugmentConfig
+from workers.data.decode import Pixels
 from workers.data.index import DatasetIndex
 from workers.data.order import Order, Positions
 from workers.data.samples import RawSample, SampleReader, StageTimes
-from workers.data.transforms import Pixels, decode, eval_transform, sample_rng, train_transform
+from workers.data.transforms import DecodeTimes, eval_transform, sample_rng, train_transform
 from workers.errors import ConfigError, DataError
 
 READERS = 8
@@ -80,7 +80,6 @@ class TrainStream:
         slots = order.slots(rank, world_size)
         share = global_batch_size // order.lanes * -(-order.lanes // world_size)
         start = start_step * global_batch_size
-        crop = augment.model_dump()
         self._samples = _Lookahead(
             reader,
             _train_loads(order, start, rank, world_size),
@@ -93,9 +92,17 @@ class TrainStream:
             positions = order.owned(span, rank, world_size).tolist()
             samples = self._samples.take(positions)
 
-            def augmented(image: Image.Image, row: int) -> Pixels:
+            def augmented(row: int, out: Pixels, times: DecodeTimes) -> None:
                 rng = sample_rng(order.seed, positions[row] // order.num_samples, samples[row].id)
-                return train_transform(image, size=image_size, rng=rng, **crop)
+                train_transform(
+                    samples[row].image,
+                    size=image_size,
+                    channels=channels,
+                    augment=augment,
+                    rng=rng,
+                    out=out,
+                    times=times,
+                )
 
             return self._assembler.batch(samples, share, augmented)
 
@@ -140,10 +147,12 @@ def validation_batches(
     assembler = _Assembler(image_size, channels, decode_threads, StageTimes())
 
     def batch(number: int) -> Batch:
-        ordinals = own[number * batch_size : (number + 1) * batch_size]
-        return assembler.batch(
-            samples.take(ordinals), batch_size, lambda image, row: eval_transform(image, size=image_size)
-        )
+        taken = samples.take(own[number * batch_size : (number + 1) * batch_size])
+
+        def whole(row: int, out: Pixels, times: DecodeTimes) -> None:
+            eval_transform(taken[row].image, size=image_size, channels=channels, out=out, times=times)
+
+        return assembler.batch(taken, batch_size, whole)
 
     batches = _Background(map(batch, range(-(-most // batch_size))), prefetch)
     try:
@@ -214,6 +223,10 @@ class _Lookahead:
         return dict(zip(load.positions.tolist(), self._reader.read(load.ordinals), strict=True))
 
 
+_Transform = Callable[[int, Pixels, DecodeTimes], None]
+"""Writes the pixels of a row of the batch to an array (C, H, W)."""
+
+
 class _Assembler:
     """Samples to batches."""
 
@@ -221,15 +234,12 @@ class _Assembler:
         self, image_size: int, channels: Literal[1, 3], decode_threads: int, times: StageTimes
     ) -> None:
         self._shape = (channels, image_size, image_size)
-        self._channels: Literal[1, 3] = channels
         self._threads = decode_threads
         self._times = times
         self._pool = concurrent.futures.ThreadPoolExecutor(decode_threads, "vitscale-decode")
 
-    def batch(
-        self, samples: Sequence[RawSample], size: int, transform: Callable[[Image.Image, int], Pixels]
-    ) -> Batch:
-        """`transform(image, row)` gives the pixels of row `row` of the `size` rows."""
+    def batch(self, samples: Sequence[RawSample], size: int, transform: _Transform) -> Batch:
+        """Padded to `size` rows."""
         num_real = len(samples)
         images = np.zeros((size, *self._shape), np.uint8)
         labels, ids, weights = np.zeros(size, np.int64), np.zeros(size, np.uint64), np.zeros(size, np.float32)
@@ -257,20 +267,15 @@ class _Assembler:
         images: npt.NDArray[np.uint8],
         samples: Sequence[RawSample],
         rows: range,
-        transform: Callable[[Image.Image, int], Pixels],
+        transform: _Transform,
     ) -> None:
-        decoding = augmenting = 0.0
+        times = DecodeTimes()
         for row in rows:
-            started = time.perf_counter()
             try:
-                image = decode(samples[row].image, channels=self._channels)
+                transform(row, images[row], times)
             except DataError as error:
                 raise DataError(f"{samples[row].shard}: sample {samples[row].key!r}: {error}") from error
-            decoded = time.perf_counter()
-            images[row] = transform(image, row)
-            decoding += decoded - started
-            augmenting += time.perf_counter() - decoded
-        self._times.add(decode=decoding, augment=augmenting)
+        self._times.add(decode=times.decode, augment=times.augment)
 
 
 class _Background:
