@@ -37,8 +37,8 @@ from pipelines.scaling.ladder import RungResult, run_study, small_study
 from pipelines.scaling.ladder import Study as StudyPlan
 from pipelines.sources import open_source
 from workers.config import RunConfig
+from workers.data.decode import decode
 from workers.data.index import DatasetIndex
-from workers.data.transforms import decode
 from workers.errors import ConfigError
 from workers.storage import join_url, open_store
 

@@ -73,11 +73,24 @@ class ModelConfig(Part):
 
 
 class AugmentConfig(Part):
+    """What training does to images, in this order; `docs/images.md` says how. The defaults crop and flip."""
+
     min_scale: float = Field(default=0.08, gt=0, le=1)
     """Smallest share of the image's area that RandomResizedCrop may take."""
     min_ratio: float = Field(default=0.75, gt=0, le=1)
     """Smallest aspect ratio of a crop; the largest is its inverse."""
     flip: bool = True
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Brightness, contrast and saturation are each multiplied by 1 - this .. 1 + this."""
+    rand_augment_layers: int = Field(default=0, ge=0, le=14)
+    """Operations of RandAugment per image; 0: none."""
+    rand_augment_magnitude: float = Field(default=9.0, ge=0, le=30)
+    erase: float = Field(default=0.0, ge=0, le=1)
+    """Probability of random erasing."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Alpha of the Beta distribution from which mixup draws; 0: no mixup."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Likewise for cutmix; where both are above 0, each global batch gets one of them by a fair coin."""
 
 
 class MixedSource(Part):
