@@ -199,7 +199,8 @@ class _Download:
             raise Changed(self.where)
         at = self.start + len(self.data)
         first, last, size = _sent_range(response) or (None, None, None)
-        if size is not None and self.length is not None and size < self.start + self.length:
+        is_part = response["ResponseMetadata"]["HTTPStatusCode"] == 206
+        if is_part and size is not None and self.length is not None and size < self.start + self.length:
             raise Truncated(self.where, self.start, self.length, size)
         length = size if self.length is None else self.length
         missing = 0 if length is None else self.start + length - at
@@ -254,9 +255,9 @@ class _Patience:
         self._sleep(secrets.SystemRandom().uniform(0, bound))
 
     def _sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0 and not self._stopped():
-            time.sleep(min(left, 0.25))
+        while seconds > 0 and not self._stopped():
+            time.sleep(min(seconds, 0.25))
+            seconds -= 0.25
 
     def _tell(self, error: Unavailable, waited: float) -> None:
         now = time.monotonic()

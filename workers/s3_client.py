@@ -65,8 +65,10 @@ class S3Client:
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
-        passing = (boto.HTTPClientError, boto.IncompleteReadError, boto.CredentialRetrievalError)
-        below = (HTTPError, ResponseParserError, ConnectionError, TimeoutError)
+        passing = (
+            *(boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ResponseParserError),
+            *(boto.CredentialRetrievalError, HTTPError, ConnectionError, TimeoutError),
+        )
 
         try:
             yield
@@ -83,7 +85,7 @@ class S3Client:
             raise (
                 _refusal(where, cause) if isinstance(cause, boto.ClientError) else _no_answer(where, error)
             ) from error
-        except (*passing, *below) as error:
+        except passing as error:
             raise _no_answer(where, error) from error
         except boto.BotoCoreError as error:
             raise DataError(f"{where}: the request cannot be made: {error}") from error
