@@ -20,6 +20,8 @@ class Truncated(DataError):
     """The object ends before the range that was asked for does; asking again does not help."""
 
     def __init__(self, where: str, start: int, length: int, size: int | None = None) -> None:
+        self.size = size
+        """Bytes of the object, where the store said."""
         ends = "before that" if size is None else f"at byte {size}"
         super().__init__(
             f"{where}: wanted {length} bytes from byte {start}, but it ends {ends}; the object is truncated"
