@@ -81,6 +81,7 @@ class DatasetIndex:
         self.label: str = header["label"]
         self.shards = shards
         self.num_samples = int(shards.firsts[-1])
+        self.num_bytes = int(shards.rows["size"].sum())
         self.id_sum = int(shards.rows["id_sum"].sum(dtype=np.uint64))
         """Over all samples, modulo 2**64; see workers/data/proof.py."""
         self.fingerprint = fingerprint(self.classes, shards)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from workers.data.decode import decode as decode_image
 from workers.data.index import STORED, DatasetIndex, records_key, unpack_rows
 from workers.data.location import locate
 from workers.data.pool import read_ahead, run_all
 from workers.data.shard_rows import PIECE_BYTES, pieces
 from workers.data.shards import Shard
 from workers.data.tar import split_name, walk
-from workers.data.transforms import decode as decode_image
 from workers.errors import DataError
 from workers.storage import NotFound, ObjectInfo, Store, open_store
 
