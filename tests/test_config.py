@@ -36,7 +36,10 @@ VALUES: dict[str, Any] = {
         "label": "cls",
         "subset": 100,
         "subset_seed": 1,
-        "augment": {"min_scale": 0.5, "min_ratio": 0.5, "flip": True},
+        "augment": {
+            **{"min_scale": 0.5, "min_ratio": 0.5, "flip": True, "color_jitter": 0.4, "erase": 0.25},
+            **{"rand_augment_layers": 2, "rand_augment_magnitude": 15.0, "mixup": 0.8, "cutmix": 1.0},
+        },
         "lanes": 8,
         "chunk_samples": 16,
         "window_chunks": 4,
