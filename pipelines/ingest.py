@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.sources import Examined, Item, Source, digest_of, examine, open_source
-from workers.data.index import DatasetIndex, build_index
+from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.errors import ConfigError, DataError
 from workers.storage import NotFound, Store, join_url, open_store
 

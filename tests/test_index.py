@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import TINY_CLASSES, TINY_SHARDS, make_png, make_tar
 from workers.data import index as index_module
-from workers.data.index import SAMPLE, STORED, DatasetIndex, build_index
+from workers.data.index import SAMPLE, STORED, DatasetIndex
+from workers.data.indexing import build_index
 from workers.data.tar import BLOCK, MAX_MEMBER_BYTES, samples, split_name, walk
 from workers.errors import DataError
 from workers.storage import FileStore
