@@ -154,6 +154,6 @@ def _print_report(report: "VerifyReport") -> None:
     console.print(
         f"{report.url}: {report.num_samples:,} samples in {report.num_shards:,} shards, "
         f"{report.num_bytes / 1e9:.2f} GB read, {report.num_decoded:,} images decoded, "
-        f"{len(report.problems) or 'no'} problems",
+        f"{len(report.problems) or 'no'} problem{'' if len(report.problems) == 1 else 's'}",
         markup=False,
     )

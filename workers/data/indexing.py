@@ -35,7 +35,7 @@ from workers.data.shard_rows import ShardRow, ShardTask, index_shard, relabel, s
 from workers.data.shards import ROW, ShardTable, mark, piece_key, write_table
 from workers.data.tar import UnusableShard
 from workers.errors import DataError
-from workers.storage import Store, open_store
+from workers.storage import Store, Unavailable, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _read_shards(build: _Build, progress: Progress | None) -> None:
             if isinstance(outcome, DataError):
                 problems[task.info.key] = str(outcome)
                 failures += not isinstance(outcome, UnusableShard)
-                if failures == MAX_FAILURES:
+                if failures == MAX_FAILURES or isinstance(outcome, Unavailable):
                     break
             else:
                 build.take(task.number, outcome)

@@ -16,10 +16,10 @@ from typing import Any, NoReturn, Self
 
 import yaml
 
-from workers.data.tar import IMAGE_EXTENSIONS, Member, TarSample, UnusableShard
+from workers.data.tar import Member, TarSample, UnusableShard
 from workers.errors import ConfigError
 
-IMAGE_KEY = ";".join(IMAGE_EXTENSIONS)
+IMAGE_KEY = "jpg;jpeg;png;webp"
 LABEL = "cls"
 NO_LABEL = -1
 """In the rows of an index without labels."""
@@ -187,7 +187,7 @@ def _merged(sample: TarSample, wanted: Sequence[str]) -> list[str]:
         extension
         for extension in sample.files
         if extension not in wanted and re.fullmatch(r"\d[^.]*\..+", extension)
-        if extension.rpartition(".")[2] in (*wanted, *IMAGE_EXTENSIONS)
+        if extension.rpartition(".")[2] in (*wanted, *IMAGE_KEY.split(";"))
     ]
 
 

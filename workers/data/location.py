@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from workers.errors import ConfigError
 
 HOME = "_vitscale"
-MAX_LISTED = 10_000_000
+MAX_LISTED = 2_000_000
 """Shards that a brace list may name."""
 
 

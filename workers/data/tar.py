@@ -15,8 +15,6 @@ from typing import NoReturn
 
 from workers.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 MAX_MEMBER_BYTES = 256 << 20

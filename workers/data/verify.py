@@ -21,7 +21,7 @@ from workers.data.shard_rows import PIECE_BYTES, pieces
 from workers.data.shards import Shard
 from workers.data.tar import split_name, walk
 from workers.errors import DataError
-from workers.storage import NotFound, ObjectInfo, Store, open_store
+from workers.storage import NotFound, ObjectInfo, Store, Unavailable, open_store
 
 DECODED = 64
 """Images decoded unless somebody asks for more."""
@@ -93,7 +93,7 @@ def verify(
         if isinstance(found, DataError):
             total.problems.append(Problem(task.shard.name, str(found)))
             in_a_row += 1
-            if in_a_row == MAX_FAILURES:
+            if in_a_row == MAX_FAILURES or isinstance(found, Unavailable):
                 raise DataError(f"{in_a_row} shards in a row cannot be read, the last because: {found}")
         else:
             in_a_row = 0
