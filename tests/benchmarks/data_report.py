@@ -29,7 +29,7 @@ def report(name: str, rows: Rows, names: Sequence[str], tars: Path, peer_python:
 
 def _contenders(rows: Rows, names: Sequence[str], image_bytes: float) -> str:
     header = ["contender", "images/s", "min to max", "x webdataset", "min to max", "CPU ms/image", "S3 bytes"]
-        body, failures = [], []
+    body, failures = [], []
     for name in names:
         mine, errors = _rounds(rows, name)
         failures += [f"{name}, round {number + 1}: {error}" for number, error in errors.items()]
