@@ -57,6 +57,7 @@ def contenders() -> list[Contender]:
 
 def main() -> None:
     rgw.end_cleanly()
+    rgw.check()
     args = _arguments()
     chosen = [one for one in contenders() if not args.only or one.name in args.only]
     settings = {"set": args.set, "images": args.images}
@@ -93,6 +94,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     whole = photos.SETS[args.set].images // BATCH * BATCH
     args.images = min(args.images or whole, whole)
+    if not PEER_PYTHON.exists():
+        parser.error(f"no {PEER_PYTHON}: `make bench-data` installs the peers there")
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("two cores are needed: one for the contender, one for the S3 server")
     return args

@@ -1,7 +1,7 @@
 """vitscale's own contenders, and what else a benchmark asks of its stream in a process of its own.
 
     python -m tests.benchmarks.ours run vitscale SOURCE SKIP IMAGES
-    python -m tests.benchmarks.ours first-batch URL STEP
+    python -m tests.benchmarks.ours first-batch URL POSITION BATCH
     python -m tests.benchmarks.ours memory URL EPOCHS,EPOCHS,...
 
 `open_stream` and `decode_batches` are the only places that know the interfaces of workers.data.
@@ -56,18 +56,19 @@ def open_stream(
     index: DatasetIndex,
     *,
     blocks: Blocks = Blocks(),  # noqa: B008 - immutable
+    batch: int = BATCH,
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
     decode_threads: int = 1,
     image_size: int = SIZE,
 ) -> TrainStream:
-    """Batches of 64 per rank, digests verified, RandomResizedCrop and flip."""
+    """Batches of `batch` per rank, digests verified, RandomResizedCrop and flip."""
     return TrainStream(
         index,
         make_order(index, blocks),
         subset=None,
-        global_batch_size=BATCH * world_size,
+        global_batch_size=batch * world_size,
         rank=rank,
         world_size=world_size,
         start_step=start_step,
@@ -130,13 +131,32 @@ def _run_rank(url: str, rank: int, skip: int, images: int, barrier, results) -> 
         results.put(measure((batch.images for batch in stream), skip, images, barrier.wait))
 
 
-def first_batch(url: str, step: int) -> None:
-    """Seconds from opening the index to the first batch, imports not counted."""
+def first_batch(url: str, position: int, batch: int) -> None:
+    """Seconds from opening the index to the first batch; what is imported and connected is so before."""
     torch.set_num_threads(1)
+    DatasetIndex.open(url)
     started = time.perf_counter()
-    with contextlib.closing(open_stream(DatasetIndex.open(url), blocks=SMALL, start_step=step)) as stream:
-        ids = next(stream).ids.tolist()
-        print(json.dumps({"seconds": time.perf_counter() - started, "ids": ids}))
+    index = DatasetIndex.open(url)
+    stream = open_stream(index, blocks=SMALL, batch=batch, start_step=position // batch)
+    with contextlib.closing(stream):
+        next(stream)
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+
+
+def consumed(index: DatasetIndex, blocks: Blocks, position: int) -> list[tuple[str, int, int]]:
+    """Shard, first byte and end of the samples before a position of the first epoch."""
+    numbers, rows = index.records(0, index.num_samples)
+    before = make_order(index, blocks).samples(np.arange(position, dtype=np.int64))
+    return [
+        (index.shards[numbers[at]].name, int(rows["offset"][at]), int(rows["offset"][at] + rows["size"][at]))
+        for at in before
+    ]
+
+
+def window_bytes(index: DatasetIndex, blocks: Blocks) -> float:
+    """Mean bytes of one window of every lane."""
+    _, rows = index.records(0, index.num_samples)
+    return float(rows["size"].mean()) * blocks.lanes * blocks.chunk_samples * blocks.window_chunks
 
 
 def memory(url: str, epochs: list[int]) -> None:
@@ -159,8 +179,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", contender, source, skip, images]:
             report(run(contender, Source(**json.loads(source)), int(skip), int(images)))
-        case ["first-batch", url, step]:
-            first_batch(url, int(step))
+        case ["first-batch", url, position, batch]:
+            first_batch(url, int(position), int(batch))
         case ["memory", url, epochs]:
             memory(url, [int(after) for after in epochs.split(",")])
         case _:

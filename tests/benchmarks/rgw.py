@@ -61,15 +61,20 @@ class Server:
         }
 
 
-@contextlib.contextmanager
-def running(root: Path) -> Iterator[Server]:
-    """A server; it ends, and `root` is deleted, with the context."""
+def check() -> None:
+    """CannotStart if the programs are missing."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
     if missing:
         raise CannotStart(
             f"no {', '.join(missing)} on this machine: the benchmark reads from a real S3 server, Ceph RADOS "
             f"Gateway; on Debian or Ubuntu: apt-get install -y --no-install-recommends {PACKAGES}"
         )
+
+
+@contextlib.contextmanager
+def running(root: Path) -> Iterator[Server]:
+    """A server; it ends, and `root` is deleted, with the context."""
+    check()
     root.mkdir(parents=True)
     cluster = _Cluster(root)
     try:
@@ -257,11 +262,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("root", type=Path, help="a directory that does not exist; deleted at the end")
-    root = parser.parse_args().root
+    parser.add_argument("root", type=Path, nargs="?", help="a new directory; deleted at the end")
+    parser.add_argument("--check", action="store_true", help="only say whether the programs are there")
+    args = parser.parse_args()
     end_cleanly()
     try:
-        with running(root) as server:
+        check()
+        if args.check:
+            return
+        if args.root is None:
+            parser.error("name a directory")
+        with running(args.root) as server:
             for name, value in server.environment().items():
                 print(f"export {name}={value}", flush=True)
             signal.pause()
