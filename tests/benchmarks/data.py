@@ -180,3 +180,5 @@ if __name__ == "__main__":
         main()
     except rgw.CannotStart as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
