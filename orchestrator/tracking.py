@@ -32,6 +32,8 @@ BATCH = 1000
 ALIVE_SECONDS = 10.0
 DRAIN_SECONDS = 2.0
 RUN_TAG = "vitscale.run"
+KINDS = ("metrics", "confusion", "epoch", "bad_samples")
+"""Of events that are sent."""
 MAX_PARAM = 500
 
 
@@ -188,8 +190,9 @@ class Drain:
         self._reader = EventReader(store)
         self._waiting: list[dict[str, Any]] = []
         self._points: list[Metric] = []
-        """Covered and not sent yet; so is the table."""
-        self._confusion: dict[str, Any] | None = None
+        """Covered and not sent yet; so are the tables."""
+        self._tables: dict[str, Any] = {}
+        """By the file's name."""
 
     def step(self, committed: int = 0) -> None:
         """Read what is new, send what a commit covers; after an error of MLflow call again for the rest.
@@ -201,30 +204,40 @@ class Drain:
                 self._cover(event["images_seen"])
             if event["kind"] == "start":
                 self._waiting.clear()
-            elif event["kind"] in ("metrics", "confusion"):
+            elif event["kind"] in KINDS:
                 self._waiting.append(event)
         self._cover(committed)
         client = self._tracking.client
         while self._points:
             client.log_batch(self._run_id, metrics=self._points[:BATCH])
             del self._points[:BATCH]
-        if self._confusion is not None:
-            client.log_dict(self._run_id, self._confusion, "confusion.json")
-            self._confusion = None
+        while self._tables:
+            name, table = next(iter(self._tables.items()))
+            client.log_dict(self._run_id, table, name)
+            del self._tables[name]
 
     def _cover(self, images_seen: int) -> None:
         for event in self._waiting:
             if event["images_seen"] > images_seen:
                 continue
-            if event["kind"] == "confusion":
-                self._confusion = {"counts": event["counts"]}
-            else:
-                time_ms = int(event["time"] * 1000)
-                self._points += [
-                    Metric(name, value, time_ms, event["images_seen"])
-                    for name, value in event["values"].items()
-                ]
+            self._take(event)
         self._waiting = [event for event in self._waiting if event["images_seen"] > images_seen]
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "confusion":
+            self._tables["confusion.json"] = {"counts": event["counts"]}
+            return
+        values = event.get("values", {})
+        if event["kind"] == "bad_samples":
+            # Each event lists all that were bad so far.
+            self._tables[f"bad_samples_{event['of']}.json"] = {"samples": event["samples"]}
+            values = {f"bad_samples_{event['of']}": len(event["samples"])}
+        elif event["kind"] == "epoch":
+            values = {f"epochs_proved_{event['source']}": event["epoch"] + 1}
+        time_ms = int(event["time"] * 1000)
+        self._points += [
+            Metric(name, value, time_ms, event["images_seen"]) for name, value in values.items()
+        ]
 
 
 def _check_alive(uri: str) -> None:

@@ -72,6 +72,8 @@ class JobProgress:
         for run, event in events:
             self._seen[run] = event["images_seen"]
             self._values |= event.get("values", {})
+            if event["kind"] == "bad_samples":
+                self._values["bad_samples"] = len(event["samples"])
         return bool(events)
 
     def _text(self) -> str:
@@ -81,5 +83,6 @@ class JobProgress:
             ("loss", "loss {:.3f}"),
             ("val_accuracy", "val {:.1%}"),
             ("images_per_second", "{:,.0f} images/s"),
+            ("bad_samples", "{:.0f} bad samples"),
         )
         return "  ".join(form.format(self._values[name]) for name, form in shown if name in self._values)

@@ -37,8 +37,8 @@ from pipelines.scaling.ladder import RungResult, run_study, small_study
 from pipelines.scaling.ladder import Study as StudyPlan
 from pipelines.sources import open_source
 from workers.config import RunConfig
+from workers.data.decode import decode
 from workers.data.index import DatasetIndex
-from workers.data.transforms import decode
 from workers.errors import ConfigError
 from workers.storage import join_url, open_store
 
@@ -232,7 +232,7 @@ def _choose_recipe(data: str, facts: DataFacts) -> str:
     for number, record in zip(*index.records(0, min(16, index.num_samples)), strict=True):
         start, length = int(record["image_offset"]), int(record["image_size"])
         image = decode(store.read_range(index.shards[number].name, start, length), channels=3)
-        sides.append(min(image.size))
+        sides.append(min(image.shape[:2]))
     return "vit-cifar10" if sorted(sides)[len(sides) // 2] <= SMALL_IMAGE else "vit-photos"
 
 

@@ -25,7 +25,10 @@ BATCH = 48
 
 CPU = torch.device("cpu")
 
-CLOCKED = ("images_per_second", "data_wait")
+CLOCKED = (
+    *("images_per_second", "data_wait"),
+    *("data_fetch_ms", "data_verify_ms", "data_decode_ms", "data_augment_ms"),
+)
 """Values of a metrics event that no two runs share."""
 
 
@@ -115,7 +118,17 @@ def outcome(run_url: str) -> dict[str, Any]:
     """All of a complete run's last manifest that its weights, moments and metrics decide."""
     manifest = head_manifest(run_url)
     assert manifest.complete
-    names = ("step", "images_seen", "world_size", "objects", "shapes", "scalars", "order", "metrics")
+    names = (
+        "step",
+        "images_seen",
+        "world_size",
+        "objects",
+        "shapes",
+        "scalars",
+        "sources",
+        "tallies",
+        "metrics",
+    )
     return {name: getattr(manifest, name) for name in names}
 
 

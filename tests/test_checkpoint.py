@@ -27,8 +27,6 @@ from tests.runs import (
     train_on,
     train_rank,
 )
-from workers.data.index import DatasetIndex
-from workers.data.order import Order
 from workers.errors import CheckpointError, DataError
 from workers.models import build_model
 from workers.storage import open_store
@@ -42,6 +40,7 @@ from workers.training.checkpoint import (
     write_shards,
 )
 from workers.training.commits import CommitLog
+from workers.training.inputs import make_sources, open_data
 from workers.training.optim import make_optimizer
 from workers.training.parallel import shard
 from workers.training.restore import load_model, restore_test
@@ -104,7 +103,9 @@ def save_odd(config, url):
                 shapes=written.shapes,
                 scalars=written.scalars,
                 config={},
-                order={},
+                sources=[],
+                tallies=[],
+                bad_samples=[],
                 metrics={},
                 versions={},
                 complete=False,
@@ -174,20 +175,13 @@ def complete(config, tmp_path_factory):
 
 
 def make_state(config, store):
-    index, part, model = DatasetIndex.open(config.data.url), config.data, config.model
-    order = Order.for_dataset(
-        index.fingerprint,
-        index.num_samples,
-        seed=config.seed,
-        lanes=part.lanes,
-        chunk_samples=part.chunk_samples,
-        window_chunks=part.window_chunks,
-    )
+    model = config.model
+    sources = make_sources(config, open_data(config)[0], CPU)
     sharded = shard(
         build_model("vit", model.size, image_size=8, patch_size=2, channels=1, num_classes=10), CPU
     )
     lease = share_lease(store, CPU)
-    return TrainState(config, store, lease, order, sharded, make_optimizer(sharded, config.optim), CPU)
+    return TrainState(config, store, lease, sources, sharded, make_optimizer(sharded, config.optim), CPU)
 
 
 def resume_each(config, urls):

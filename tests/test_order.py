@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.data.order import Order
-from workers.data.subset import subset, subset_fingerprint
+from workers.data.subset import choose
 from workers.errors import ConfigError, DataError
 
 orders = st.builds(
@@ -159,6 +159,25 @@ def test_ranks_partition_the_positions_for_every_world_size(order, start, count,
     assert all(1 <= len(order.slots(rank, world_size)) <= most for rank in range(world_size))
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(13, 5000), st.integers(1, 40), st.integers(1, 6), st.integers(0, 3), st.data())
+def test_global_batches_are_the_same_for_all_world_sizes(num_samples, chunk, window, seed, data):
+    """Batch by batch, and the union of the ranks over an epoch is the epoch."""
+    order = make(num_samples, chunk=chunk, window=window, lanes=12, seed=seed)
+    size = 12 * data.draw(st.integers(1, 5))
+    first = data.draw(st.integers(0, 2 * num_samples // size))
+    for step in range(first, first + 3):
+        span = range(step * size, (step + 1) * size)
+        alone = order.samples(np.array(span))
+        for world_size in (1, 2, 3, 4, 5, 6, 7, 8, 12):
+            shares = [order.owned(span, rank, world_size) for rank in range(world_size)]
+            together = np.concatenate(shares)
+            assert np.array_equal(alone, order.samples(together)[np.argsort(together)])
+    epoch = np.arange(num_samples)
+    assert np.array_equal(np.sort(order.samples(epoch)), epoch)
+    assert np.array_equal(np.sort(order.samples(epoch + 3 * num_samples)), epoch)
+
+
 def test_more_ranks_than_lanes_are_refused():
     with pytest.raises(ConfigError, match=r"data\.lanes 8"):
         make().slots(8, 9)
@@ -222,22 +241,12 @@ def test_no_samples_and_no_lanes_are_refused():
 
 
 def test_subsets_are_nested_ascending_and_seeded():
-    large, small = subset(100_000, 10_000, 1), subset(100_000, 1000, 1)
+    large, small = choose(100_000, 10_000, 1), choose(100_000, 1000, 1)
     for chosen in (large, small):
         assert chosen.dtype == np.int64
         assert (np.diff(chosen) > 0).all()
         assert chosen[0] >= 0 and chosen[-1] < 100_000
     assert np.isin(small, large).all()
-    assert np.isin(subset(100_000, 1000, 2), small).sum() < 40  # chance alone: 10 on average
-    assert np.array_equal(subset(37, 37, 5), np.arange(37))
+    assert np.isin(choose(100_000, 1000, 2), small).sum() < 40  # chance alone: 10 on average
+    assert np.array_equal(choose(37, 37, 5), np.arange(37))
     assert abs(large.mean() - 50_000) < 2_000
-
-
-def test_a_subset_larger_than_the_data_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.subset 38"):
-        subset(37, 38, 0)
-
-
-def test_subset_fingerprints_differ_in_each_part():
-    parts = [("f", 10, 0), ("g", 10, 0), ("f", 11, 0), ("f", 10, 1)]
-    assert len({subset_fingerprint(*part) for part in parts}) == 4

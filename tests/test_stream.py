@@ -17,15 +17,20 @@ import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import workers.data.samples
+import workers.data.stream
+import workers.storage
 from tests.conftest import make_png, make_tar
 from workers.config import AugmentConfig
 from workers.data.index import build_index
+from workers.data.lookahead import READERS
+from workers.data.mixture import Source
 from workers.data.order import Order
+from workers.data.quarantine import Ledger
 from workers.data.samples import SampleReader, StageTimes
-from workers.data.stream import READERS, TrainStream, validation_batches
-from workers.data.subset import subset, subset_fingerprint
+from workers.data.stream import TrainStream, validation_batches
+from workers.data.subset import build_subset, choose
 from workers.errors import ConfigError, DataError
-from workers.storage import FileStore
+from workers.storage import FileStore, open_store
 
 NUM_SAMPLES = 301
 SHARDS = (97, 1, 150, 53)
@@ -70,17 +75,27 @@ def make_order(index, *, num_samples=None, seed=5, chunk=9, window=3):
     )
 
 
-def make_stream(index, order=None, *, rank=0, world_size=1, start_step=0, **options):
-    settings = {"subset": None, "global_batch_size": BATCH, "image_size": 16, "channels": 1}
-    settings |= {"augment": AugmentConfig(min_scale=0.3), "prefetch_batches": 2}
+def make_source(data, order=None, *, batch_size=BATCH, max_bad_fraction=0):
+    return Source.of(data, order or make_order(data), batch_size, max_bad_fraction=max_bad_fraction)
+
+
+def make_stream(
+    data, order=None, *, rank=0, world_size=1, start_step=0, batch_size=BATCH, max_bad_fraction=0, **options
+):
+    """`data`: one data set, or sources."""
+    sources = data
+    if not isinstance(data, list):
+        sources = [make_source(data, order, batch_size=batch_size, max_bad_fraction=max_bad_fraction)]
+    settings = {"image_size": 16, "channels": 1, "augment": AugmentConfig(min_scale=0.3)}
+    settings |= {"prefetch_batches": 2, "prefetch_bytes": 1}
     return TrainStream(
-        index,
-        order or make_order(index),
-        rank=rank,
-        world_size=world_size,
-        start_step=start_step,
-        **(settings | options),
+        sources, rank=rank, world_size=world_size, start_step=start_step, **(settings | options)
     )
+
+
+def read_all(data):
+    reader = SampleReader(data, open_store(data.url), StageTimes())
+    return reader, reader.read(np.arange(data.num_samples))
 
 
 def take(stream, count):
@@ -151,18 +166,21 @@ class Watch:
 def watch(monkeypatch):
     """Streams made from here on read through its `stores`, one each, and read no gaps."""
     watch = Watch()
-    monkeypatch.setattr(workers.data.samples, "open_store", watch.open_store)
+    monkeypatch.setattr(workers.data.stream, "open_store", watch.open_store)
     monkeypatch.setattr(workers.data.samples, "MAX_GAP_BYTES", 0)
     return watch
 
 
 def test_samples_are_those_of_stock_webdataset(index):
     stock = stock_samples(*(shard_path(index, shard.name) for shard in index.shards))
-    read = SampleReader(index, None, StageTimes()).read(np.arange(index.num_samples))
-    assert [(sample.key, sample.image, sample.label) for sample in read] == [
-        (sample["__key__"], sample["png"], int(sample["cls"])) for sample in stock
+    reader, read = read_all(index)
+    assert [(sample.image, sample.label) for sample in read] == [
+        (sample["png"], int(sample["cls"])) for sample in stock
     ]
-    assert [sample.shard for sample in read] == [sample["__url__"] for sample in stock]
+    assert [sample.ordinal for sample in read] == list(range(NUM_SAMPLES))
+    for ordinal in (0, 96, 97, 98, 300):
+        shard, key = reader.key(ordinal)
+        assert stock[ordinal]["__url__"].endswith(f"/{shard}") and stock[ordinal]["__key__"] == key
     assert len({sample.id for sample in read}) == index.num_samples == NUM_SAMPLES
 
 
@@ -177,8 +195,8 @@ def test_unusual_headers_are_read_as_stock_webdataset_does(tmp_path, format):
     (tmp_path / "odd.tar").write_bytes(make_tar(members, format))
     index = build_index(tmp_path.as_uri())
     stock = stock_samples(tmp_path / "odd.tar")
-    read = SampleReader(index, None, StageTimes()).read(np.arange(6))
-    assert [sample.key for sample in read] == [sample["__key__"] for sample in stock]
+    reader, read = read_all(index)
+    assert [reader.key(ordinal)[1] for ordinal in range(6)] == [sample["__key__"] for sample in stock]
     assert [sample.image for sample in read] == [make_png(number) for number in range(6)]
 
 
@@ -201,7 +219,7 @@ def test_eight_ranks_on_eight_lanes_see_each_sample_once(own_index):
     order = Order.for_dataset("f", 80, seed=0, lanes=8, chunk_samples=256, window_chunks=2)
     seen = Counter()
     for rank in range(8):
-        stream = make_stream(own_index, order, rank=rank, world_size=8, global_batch_size=16)
+        stream = make_stream(own_index, order, rank=rank, world_size=8, batch_size=16)
         for batch in take(stream, 5):
             assert batch.num_real == len(batch.images) == 2
             seen.update(real(batch).keys())
@@ -261,18 +279,12 @@ def test_threads_change_nothing(index):
 
 
 def test_a_subset_streams_its_samples_only(index):
-    chosen = subset(NUM_SAMPLES, 60, 1)
-    order = Order.for_dataset(
-        subset_fingerprint(index.fingerprint, 60, 1),
-        60,
-        seed=0,
-        lanes=LANES,
-        chunk_samples=256,
-        window_chunks=2,
-    )
-    batches = take(make_stream(index, order, subset=chosen), 60 // BATCH)
+    part = build_subset(index, 60, 1)
+    order = Order.for_dataset(part.fingerprint, 60, seed=0, lanes=LANES, chunk_samples=256, window_chunks=2)
+    batches = take(make_stream(part, order), 60 // BATCH)
     seen = Counter(itertools.chain(*(real(batch) for batch in batches)))
-    assert seen == Counter(index.records(0, NUM_SAMPLES)[1]["id"][chosen].tolist())
+    ids = index.records(0, NUM_SAMPLES)[1]["id"][choose(NUM_SAMPLES, 60, 1)]
+    assert seen == Counter(ids.tolist())
 
 
 def test_tiny_data_sets_repeat_within_a_batch(tmp_path):
@@ -281,7 +293,7 @@ def test_tiny_data_sets_repeat_within_a_batch(tmp_path):
     for world_size in (1, 8):
         seen = Counter()
         for rank in range(world_size):
-            stream = make_stream(index, order, rank=rank, world_size=world_size, global_batch_size=24)
+            stream = make_stream(index, order, rank=rank, world_size=world_size, batch_size=24)
             for batch in take(stream, 2):
                 seen.update(batch.ids[: batch.num_real].tolist())
         assert sorted(seen.values()) == [16, 16, 16]
@@ -352,7 +364,9 @@ def test_a_flipped_byte_is_named_and_stays_an_error(own_index):
     path.write_bytes(data)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     stream = make_stream(own_index)
-    message = f"s1.tar: sample 47 of the data set, {row['size']} bytes from byte {row['offset']}, is not"
+    message = (
+        f"s1.tar: sample 'train/00047': its {row['size']} bytes from byte {row['offset']} are not what was "
+    )
     for _ in range(2):
         with pytest.raises(DataError, match=message):
             for _ in range(20):
@@ -401,6 +415,143 @@ def test_an_image_that_is_none_is_named_by_shard_and_key(tmp_path):
         list(validate(index))
     with pytest.raises(DataError, match=message):
         list(validate(index, decode_threads=2))
+
+
+def damaged_shards(root):
+    """Sample 13 is no image, the bytes of 47 are not those that were indexed, shard s2 ends after 75."""
+
+    def image(number):
+        return b"not an image" if number == 13 else make_png(number)
+
+    index = build_index(write_shards(root, (40, 30, 30), image))
+    rows = index.records(0, 100)[1]
+    for name, ordinal, cut in (("s1.tar", 47, False), ("s2.tar", 75, True)):
+        path = shard_path(index, name)
+        stat, data = path.stat(), bytearray(path.read_bytes())
+        if cut:
+            data = data[: int(rows["offset"][ordinal] + rows["size"][ordinal])]
+        else:
+            data[int(rows["image_offset"][ordinal]) + 30] ^= 4
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return index
+
+
+@pytest.fixture
+def damaged_index(tmp_path, monkeypatch):
+    # A file's etag holds its size; a store that has lost bytes still gives the old one.
+    monkeypatch.setattr(workers.storage, "_file_etag", lambda found: f"{found.st_mtime_ns:x}")
+    return damaged_shards(tmp_path / "damaged")
+
+
+BAD = {13, 47, *range(76, 100)}
+
+
+def test_bad_samples_are_replaced_alike_at_any_world_size(damaged_index):
+    ids = damaged_index.records(0, 100)[1]["id"]
+
+    def batches(world_size):
+        shares, ledgers = [], []
+        for rank in range(world_size):
+            source = make_source(damaged_index, max_bad_fraction=0.3)
+            shares.append(take(make_stream([source], rank=rank, world_size=world_size), 9))
+            ledgers.append(source.ledger)
+        merged = [functools.reduce(dict.__or__, map(real, parts)) for parts in zip(*shares, strict=True)]
+        return merged, {bad for ledger in ledgers for bad in ledger.entries()}
+
+    alone, ledger = batches(1)
+    assert {bad.ordinal for bad in ledger} == BAD
+    assert {int(i) for batch in alone for i in batch} == set(ids.tolist())  # ids of what was due
+    for bad in ledger:
+        assert bad.substitute not in BAD and bad.url == damaged_index.url
+        assert bad.key == (f"train/{bad.ordinal:05d}" if bad.ordinal < 76 else bad.key)
+        views = [batch[int(ids[bad.ordinal])] for batch in alone if int(ids[bad.ordinal]) in batch]
+        assert {label for label, _ in views} == {bad.substitute % 7}
+    reasons = {bad.ordinal: bad.reason for bad in ledger}
+    assert "no JPEG" in reasons[13] and "are not what was indexed" in reasons[47]
+    assert all("s2.tar" in reasons[at] and "truncated" in reasons[at] for at in range(76, 100))
+    for world_size in (2, 3, 4):
+        assert batches(world_size) == (alone, ledger)
+
+
+def test_too_many_bad_samples_are_an_error_that_lists_them(damaged_index):
+    stream = make_stream(damaged_index, max_bad_fraction=0.05)
+    message = (
+        r"6 of 100 samples cannot be used, data\.max_bad_fraction 0\.05 allows 5; (.|\n)*s2\.tar: sample"
+    )
+    with pytest.raises(DataError, match=message):
+        for _ in range(9):
+            next(stream)
+    stream.close()
+
+
+def test_validation_leaves_bad_samples_out(damaged_index):
+    seen = Counter()
+    for rank in range(2):
+        ledger = Ledger(100, 0.3)
+        for batch in validate(damaged_index, rank=rank, world_size=2, ledger=ledger):
+            left_out = (batch.weights == 0).nonzero().flatten()
+            assert not batch.images[left_out[left_out < batch.num_real]].any()
+            seen.update(batch.ids[np.flatnonzero(batch.weights)].tolist())
+        assert {bad.ordinal for bad in ledger.entries()} == {at for at in BAD if at // 50 == rank}
+    ids = damaged_index.records(0, 100)[1]["id"].tolist()
+    assert seen == Counter(identity for at, identity in enumerate(ids) if at not in BAD)
+
+
+def test_a_data_set_of_bad_samples_only_is_an_error(tmp_path):
+    index = build_index(write_shards(tmp_path / "shards", (40,), lambda number: b"not an image"))
+    stream = make_stream(index, max_bad_fraction=0.9)
+    with pytest.raises(DataError, match=r"s0\.tar: sample 'train/000..': .*all 32 that could replace it"):
+        next(stream)
+    stream.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_epoch_has_its_proof(index, world_size):
+    sources = [make_source(index) for _ in range(world_size)]
+    steps = 2 * NUM_SAMPLES // BATCH + 1
+    for rank, source in enumerate(sources):
+        take(make_stream([source], rank=rank, world_size=world_size), steps)
+    for epoch in (0, 1):
+        total = [sum(parts) for parts in zip(*(s.tally.part(epoch) for s in sources), strict=True)]
+        assert sources[0].tally.settle(epoch, total) == f"{index.id_sum:016x}"
+        with pytest.raises(DataError, match=f"epoch {epoch} was not every sample exactly once: 300 of 301"):
+            sources[0].tally.settle(epoch, [total[0] - 1, *total[1:]])
+        with pytest.raises(DataError, match="301 of 301 samples, proof"):
+            sources[0].tally.settle(epoch, [*total[:2], total[2] ^ 1])
+
+
+def test_sources_are_mixed_in_fixed_numbers_each_without_replacement(index, own_index):
+    """8 of the first and 4 of the second in each batch, at any world size, each source at its own pace."""
+
+    def sources():
+        return [make_source(index, batch_size=8), make_source(own_index, batch_size=4)]
+
+    first_ids = set(index.records(0, NUM_SAMPLES)[1]["id"].tolist())
+    second_ids = own_index.records(0, 80)[1]["id"].tolist()
+
+    def batches(world_size):
+        ranks = [take(make_stream(sources(), rank=r, world_size=world_size), 41) for r in range(world_size)]
+        for shares in zip(*ranks, strict=True):
+            assert {len(batch.images) for batch in shares} == {3 * -(-LANES // world_size)}
+            slots = [set(batch.slots[: batch.num_real].tolist()) for batch in shares]
+            assert sum(map(len, slots)) == 2 * LANES and set.union(*slots) == set(range(2 * LANES))
+        return [Counter(itertools.chain(*map(rows, shares))) for shares in zip(*ranks, strict=True)]
+
+    def rows(batch):
+        for at in range(batch.num_real):
+            yield int(batch.slots[at]), int(batch.ids[at]), batch.images[at].numpy().tobytes()
+
+    alone = take(make_stream(sources()), 40)
+    seen = [Counter(), Counter()]
+    for batch in alone:
+        seen[0].update(batch.ids[:8].tolist())
+        seen[1].update(batch.ids[8:].tolist())
+    assert set(seen[0]) <= first_ids and set(seen[0].values()) <= {1, 2}
+    assert seen[1] == Counter({identity: 2 for identity in second_ids})
+    one = batches(1)
+    for world_size in (2, 4):
+        assert batches(world_size) == one
 
 
 def vitscale_threads():
@@ -455,15 +606,15 @@ def test_times_are_taken_once(index):
 
 
 def test_what_does_not_fit_is_refused(index):
-    with pytest.raises(ConfigError, match=r"global_batch_size 10 .*data\.lanes 4"):
-        make_stream(index, global_batch_size=10)
+    with pytest.raises(ConfigError, match=r"global_batch_size: 10 .*data\.lanes 4"):
+        make_stream(index, batch_size=10)
     with pytest.raises(DataError, match="300 samples, the data has 301"):
         make_stream(index, make_order(index, num_samples=300))
     with pytest.raises(ConfigError, match=r"data\.lanes"):
         make_stream(index, rank=4, world_size=5)
 
 
-def validate(index, *, rank=0, world_size=1, batch_size=16, **options):
+def validate(index, *, rank=0, world_size=1, batch_size=16, ledger=None, **options):
     return validation_batches(
         index,
         batch_size=batch_size,
@@ -472,6 +623,7 @@ def validate(index, *, rank=0, world_size=1, batch_size=16, **options):
         image_size=16,
         channels=3,
         prefetch=2,
+        ledger=ledger or Ledger(index.num_samples, 0),
         **options,
     )
 

@@ -30,14 +30,14 @@ from tests.runs import (
 )
 from workers.config import InitConfig, make_config, override
 from workers.data.index import DatasetIndex, build_index
-from workers.data.order import Order
+from workers.data.mixture import Source
 from workers.data.stream import TrainStream
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.models import build_model
 from workers.models.positions import resample_position_embedding
 from workers.models.weights import HEAD
 from workers.storage import open_store
-from workers.training import loop
+from workers.training import inputs, loop
 from workers.training.commits import CommitLog
 from workers.training.optim import learning_rate
 
@@ -52,15 +52,7 @@ def set_values(config, *overrides):
 
 
 def make_order(config):
-    index, part = DatasetIndex.open(config.data.url), config.data
-    return Order.for_dataset(
-        index.fingerprint,
-        index.num_samples,
-        seed=config.seed,
-        lanes=part.lanes,
-        chunk_samples=part.chunk_samples,
-        window_chunks=part.window_chunks,
-    )
+    return inputs.make_order(config, DatasetIndex.open(config.data.url))
 
 
 class RecordingStream(TrainStream):
@@ -113,10 +105,7 @@ def plain_training(config):
     """A run in plain PyTorch, one process, whole batches: parameters, and moments as manifests name them."""
     index, part = DatasetIndex.open(config.data.url), config.optim
     stream = TrainStream(
-        index,
-        make_order(config),
-        subset=None,
-        global_batch_size=BATCH,
+        [Source.of(index, make_order(config), BATCH, max_bad_fraction=0)],
         rank=0,
         world_size=1,
         start_step=0,

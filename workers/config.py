@@ -73,16 +73,40 @@ class ModelConfig(Part):
 
 
 class AugmentConfig(Part):
+    """What training does to images, in this order; `docs/images.md` says how. The defaults crop and flip."""
+
     min_scale: float = Field(default=0.08, gt=0, le=1)
     """Smallest share of the image's area that RandomResizedCrop may take."""
     min_ratio: float = Field(default=0.75, gt=0, le=1)
     """Smallest aspect ratio of a crop; the largest is its inverse."""
     flip: bool = True
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Brightness, contrast and saturation are each multiplied by 1 - this .. 1 + this."""
+    rand_augment_layers: int = Field(default=0, ge=0, le=14)
+    """Operations of RandAugment per image; 0: none."""
+    rand_augment_magnitude: float = Field(default=9.0, ge=0, le=30)
+    erase: float = Field(default=0.0, ge=0, le=1)
+    """Probability of random erasing."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Alpha of the Beta distribution from which mixup draws; 0: no mixup."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Likewise for cutmix; where both are above 0, each global batch gets one of them by a fair coin."""
+
+
+class MixedSource(Part):
+    """A further set of training shards, of the same classes as the first."""
+
+    url: str
+    weight: float = Field(default=1.0, gt=0)
+    fingerprint: str | None = None
 
 
 class DataConfig(Part):
     url: str
-    """Training shards, with their index beside them."""
+    """Training shards, with their index beside them: a prefix, or shards as `prefix/train-{000..099}.tar`."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of these shards against those of `mix`: every global batch is shared out by weight."""
+    mix: tuple[MixedSource, ...] = ()
     validation_url: str
     """Validation shards, likewise."""
     fingerprint: str | None = None
@@ -91,10 +115,15 @@ class DataConfig(Part):
     subset: int | None = Field(default=None, gt=0)
     """Train on the first so many samples of a seeded permutation; nested across sizes."""
     subset_seed: int = 0
+    stratified: bool = False
+    """The subset has each class in its share of the whole."""
+    max_bad_fraction: float = Field(default=0.001, ge=0, lt=1)
+    """Share of a data set's samples that may be damaged; others stand in for them and a ledger lists them."""
     augment: AugmentConfig = AugmentConfig()
     lanes: int = Field(default=8, gt=0)
     """The order's degree of parallelism: any world size up to this sees the same global batches."""
-    chunk_samples: int = Field(default=256, gt=0)
+    chunk_samples: int | None = Field(default=None, gt=0)
+    """Neighbouring samples that are read and dealt together; None: about 4 MB of them."""
     window_chunks: int = Field(default=8, gt=0)
 
 
@@ -140,6 +169,12 @@ class ComputeConfig(Part):
     microbatch_size: int | None = Field(default=None, gt=0)
     """Images per forward and rank; None: a rank's whole share of the global batch."""
     prefetch_batches: int = Field(default=4, gt=0)
+    prefetch_bytes: int = Field(default=256 << 20, gt=0)
+    """Of samples that a worker reads ahead; the window of each of its lanes in any case."""
+    cache_directory: str | None = None
+    """Local directory of each node for what was read of the shards; None: no cache."""
+    cache_bytes: int = Field(default=100 << 30, gt=0)
+    """Limit of that directory, for all processes of a node."""
 
 
 class RunConfig(Part):
@@ -162,6 +197,8 @@ class RunConfig(Part):
                 f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}; "
                 f"{-(-batch // lanes) * lanes} would be"
             )
+        if self.data.mix and self.data.subset is not None:
+            raise ValueError("data.subset: takes no data.mix; a subset is one of a single data set")
         if self.compute.workers > lanes:
             raise ValueError(
                 f"compute.workers {self.compute.workers} exceeds data.lanes {lanes}; raise data.lanes"
@@ -175,6 +212,9 @@ class RunConfig(Part):
         for url, fingerprint in (("url", "fingerprint"), ("validation_url", "validation_fingerprint")):
             if identity["data"][fingerprint] is not None:
                 identity["data"].pop(url)
+        for source in identity["data"]["mix"]:
+            if source["fingerprint"] is not None:
+                source.pop("url")
         if self.init is not None:
             identity["init"] = {"digest": self.init.digest, "new_head": self.init.new_head}
         for interval in ("log_every_images", "checkpoint_every_images", "eval_every_images"):

@@ -14,7 +14,7 @@ from typing import Literal
 import PIL
 from PIL import Image, features
 
-from workers.data.transforms import decode
+from workers.data.decode import decode
 from workers.errors import ConfigError
 
 CODECS = {"jpeg": ("JPEG", "jpg"), "webp": ("WEBP", "webp"), "png": ("PNG", "png")}
@@ -66,7 +66,8 @@ class Encoding:
         """An image file of the examined size, as it is to be in the shard, and its extension."""
         if not self.applies(width, height):
             return data, extension
-        image = decode(data, channels=_channels(data))
+        pixels = decode(data, channels=_channels(data))
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
         shorter = min(image.size)
         if self.resize is not None and shorter > self.resize:
             sides = (max(1, round(side * self.resize / shorter)) for side in image.size)
@@ -74,8 +75,7 @@ class Encoding:
         name, new = CODECS[self.codec or CODEC_OF[extension]]
         buffer = io.BytesIO()
         options = {"compress_level": 6} if name == "PNG" else {"quality": self.quality}
-        # A new image: nothing of the old one's metadata.
-        Image.frombytes(image.mode, image.size, image.tobytes()).save(buffer, name, **options)
+        image.save(buffer, name, **options)
         return buffer.getvalue(), new
 
 

@@ -13,6 +13,7 @@ from pipelines.scaling.ladder import RungResult
 from workers import probes
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
+from workers.data.quarantine import Ledger
 from workers.data.stream import validation_batches
 from workers.models.vit import VisionTransformer
 from workers.storage import join_url, open_store
@@ -113,10 +114,12 @@ def _validation_images(index: DatasetIndex, config: RunConfig) -> tuple[torch.Te
             world_size=1,
             image_size=config.model.image_size,
             channels=config.model.channels,
+            ledger=Ledger(index.num_samples, config.data.max_bad_fraction),
             prefetch=1,
         )
     )
-    return batch.images, batch.labels
+    used = batch.weights > 0
+    return batch.images[used], batch.labels[used]
 
 
 def _metrics(site: Site, run: str) -> list[tuple[int, dict[str, float]]]:

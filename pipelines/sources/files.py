@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from workers.errors import ConfigError, DataError
-from workers.storage import NotFound, Store, open_store
+from workers.storage import Changed, NotFound, Store, open_store
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 PIECE_BYTES = 8 << 20
@@ -135,10 +135,8 @@ def read_range(where: str, start: int, length: int, etag: str) -> bytes:
         store, key = locate(where)
         try:
             return store.read_range(key, start, length, etag)
-        except DataError as error:
-            if not isinstance(error, NotFound) and store.head(key).etag != etag:
-                raise _changed(where) from error
-            raise
+        except Changed as error:
+            raise _changed(where) from error
     try:
         with Path(where).open("rb") as file:
             if _etag(os.fstat(file.fileno())) != etag:

@@ -1,30 +1,53 @@
-"""Verified samples: what the index names, read from the store by ranges and checked before it is parsed.
+"""Verified samples: what the index names, read from the store by ranges and checked before it is decoded.
 
-boto3 or a file gives the bytes, the index their digests, webdataset the grouping of a tar's files into
-samples.
+A sample that is not what was indexed is read once more; if it is wrong again it comes with its `defect`
+instead of an image, so that whoever consumes it can put another in its place. What is no fault of the
+data (a network, credentials, a shard that somebody replaced) is an error.
 """
 
 import hashlib
-import io
+import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from workers.data.index import DatasetIndex
+from workers.data.index import Shard
 from workers.data.order import Positions
-from workers.data.tar import BLOCK, IMAGE_EXTENSIONS
+from workers.data.tar import split_name, walk
 from workers.errors import DataError
-from workers.storage import join_url, open_store
+from workers.storage import NotFound, Store, Truncated
 
 MAX_GAP_BYTES = 64 << 10
 """Unwanted bytes between two ranges that are read through: cheaper than another request of 10 ms."""
-MAX_GAP_ROWS = 1024
-"""The same for rows of the index, 64 bytes each."""
+
+
+class Samples(Protocol):
+    """A data set, or a part of one, whose samples are numbered from 0."""
+
+    @property
+    def url(self) -> str:
+        """Of the store that shard names are relative to."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def num_bytes(self) -> int:
+        """Of all samples, with what the tar format adds; an estimate will do."""
+
+    @property
+    def id_sum(self) -> int:
+        """Over all ids, see `workers.data.proof`."""
+
+    @property
+    def shards(self) -> Sequence[Shard]: ...
+    def fetch_rows(self, ordinals: Positions) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers, int32 (n,), and rows, SAMPLE (n,), of ascending ordinals."""
 
 
 @dataclass
@@ -52,24 +75,23 @@ class StageTimes:
 
 
 class RawSample(NamedTuple):
+    ordinal: int
     image: bytes
-    """The image file as it is in the shard."""
+    """The image file as it is in the shard; nothing if there is a `defect`."""
     label: int
     id: int
-    shard: str
-    """URL."""
-    key: str
+    defect: str = ""
+    """Why it cannot be used."""
 
 
 class SampleReader:
-    """Samples of a data set by ordinal; given a `subset`, by their place in that."""
+    """Samples of a data set by ordinal."""
 
-    def __init__(self, index: DatasetIndex, subset: Positions | None, times: StageTimes) -> None:
-        self.num_samples = index.num_samples if subset is None else len(subset)
-        self._index = index
-        self._subset = subset
+    def __init__(self, data: Samples, store: Store, times: StageTimes) -> None:
+        """`store` holds the shards."""
+        self._data = data
+        self._store = store
         self._times = times
-        self._store = open_store(index.url)
         self._closed = False
 
     def close(self) -> None:
@@ -77,98 +99,74 @@ class SampleReader:
         self._closed = True
 
     def read(self, ordinals: Positions) -> list[RawSample]:
-        """The samples of ascending `ordinals`, (n,), in that order; neighbours come in one request.
-
-        DataError names the shard, and the sample or byte, that is not what the index says.
-        """
-        wanted = ordinals if self._subset is None else self._subset[ordinals]
+        """The samples of ascending `ordinals`, (n,), in that order; neighbours come in one request."""
         started = time.perf_counter()
-        numbers, rows = self._rows(wanted)
+        numbers, rows = self._data.fetch_rows(ordinals)
         self._times.add(fetch=time.perf_counter() - started)
-        ends = rows["offset"] + rows["size"]
-        near = (numbers[1:] == numbers[:-1]) & (rows["offset"][1:] <= ends[:-1] + MAX_GAP_BYTES)
         samples: list[RawSample] = []
-        for run in np.split(np.arange(len(wanted)), np.flatnonzero(~near) + 1):
+        for run in runs(numbers, rows):
             if self._closed:
                 raise DataError("the stream was closed")
-            samples += self._read_run(int(numbers[run[0]]), wanted[run], rows[run])
+            samples += self._read_run(int(numbers[run.start]), ordinals[run], rows[run])
         return samples
 
-    def _rows(self, wanted: Positions) -> tuple[np.ndarray, np.ndarray]:
-        """Shard numbers and rows of the index, of ascending ordinals."""
-        numbers, rows = [], []
-        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > MAX_GAP_ROWS) + 1):
-            first = int(run[0])
-            run_numbers, run_rows = self._index.records(first, int(run[-1]) - first + 1)
-            numbers.append(run_numbers[run - first])
-            rows.append(run_rows[run - first])
-        return np.concatenate(numbers), np.concatenate(rows)
+    def key(self, ordinal: int) -> tuple[str, str]:
+        """Shard and key of a sample, for a person to find it; reads the sample."""
+        numbers, rows = self._data.fetch_rows(np.array([ordinal], np.int64))
+        shard, row = self._data.shards[int(numbers[0])], rows[0]
+        try:
+            record = self._store.read_range(shard.name, int(row["offset"]), int(row["size"]), shard.etag)
+            names = (split_name(member.name) for member in walk(shard.name, [record]) if member.is_file)
+            return shard.name, next(parts[0] for parts in names if parts)
+        except (DataError, StopIteration):
+            return shard.name, f"from byte {int(row['offset'])}"
 
     def _read_run(self, number: int, ordinals: Positions, rows: np.ndarray) -> list[RawSample]:
         """Samples of one shard, near enough to each other for one request."""
-        shard = self._index.shards[number]
-        url = join_url(self._index.url, shard.name)
+        shard = self._data.shards[number]
         start = int(rows["offset"][0])
         length = int(rows["offset"][-1] + rows["size"][-1]) - start
         began = time.perf_counter()
-        data = self._store.read_range(shard.name, start, length, shard.etag)
+        try:
+            data = memoryview(self._store.read_range(shard.name, start, length, shard.etag))
+        except (NotFound, Truncated):
+            data = memoryview(b"")  # one by one: what lies before the end can still be had
         fetched = time.perf_counter()
-        whole, pieces = memoryview(data), []
-        ranges = zip(rows["offset"].tolist(), rows["size"].tolist(), rows["digest"].tolist(), strict=True)
-        for ordinal, (offset, size, digest) in zip(ordinals.tolist(), ranges, strict=True):
-            piece: bytes | memoryview = whole[offset - start : offset - start + size]
+        samples = []
+        for ordinal, row in zip(ordinals.tolist(), rows.tolist(), strict=True):
+            sample_id, offset, size, image_offset, image_size, label, digest = row
+            piece = data[offset - start : offset - start + size]
+            defect = ""
             if _digest(piece) != digest:
                 # What the network or a cache has damaged comes right the second time.
-                piece = self._store.read_range(shard.name, offset, size, shard.etag)
-                if _digest(piece) != digest:
-                    raise DataError(
-                        f"{url}: sample {ordinal} of the data set, {size} bytes from byte {offset}, is not "
-                        f"what was indexed: the shard is damaged; restore it, or index it as it is now"
-                    )
-            pieces.append(piece)
-        groups = list(group_by_keys(_files(url, b"".join(pieces))))
-        if len(groups) != len(rows):
-            raise DataError(f"{url}: {len(groups)} samples from byte {start}, {len(rows)} were indexed there")
-        samples = [
-            RawSample(_image(group), label, sample_id, url, group["__key__"])
-            for group, label, sample_id in zip(
-                groups, rows["label"].tolist(), rows["id"].tolist(), strict=True
-            )
-        ]
+                piece, defect = self._read_again(number, offset, size, digest)
+            image = bytes(piece[image_offset - offset : image_offset - offset + image_size])
+            samples.append(RawSample(ordinal, image, label, sample_id, defect))
         self._times.add(fetch=fetched - began, verify=time.perf_counter() - fetched)
         return samples
 
+    def _read_again(self, number: int, offset: int, size: int, digest: bytes) -> tuple[memoryview, str]:
+        """The sample's bytes, or nothing and why."""
+        shard = self._data.shards[number]
+        try:
+            piece = memoryview(self._store.read_range(shard.name, offset, size, shard.etag))
+        except (NotFound, Truncated) as error:
+            return memoryview(b""), str(error)
+        if _digest(piece) == digest:
+            return piece, ""
+        return memoryview(b""), (
+            f"its {size} bytes from byte {offset} are not what was indexed: the shard is damaged; restore it, "
+            f"or index it as it is now"
+        )
 
-def _digest(data: bytes | memoryview) -> bytes:
+
+def runs(numbers: np.ndarray, rows: np.ndarray) -> list[slice]:
+    """Ascending samples that are read in one request each: of one shard, with small gaps at most."""
+    ends = rows["offset"] + rows["size"]
+    near = (numbers[1:] == numbers[:-1]) & (rows["offset"][1:] <= ends[:-1] + MAX_GAP_BYTES)
+    borders = [0, *(np.flatnonzero(~near) + 1).tolist(), len(rows)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(borders)]
+
+
+def _digest(data: memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _image(group: dict[str, Any]) -> bytes:
-    image: bytes = next(group[extension] for extension in IMAGE_EXTENSIONS if extension in group)
-    return image
-
-
-def _files(url: str, data: bytes) -> Iterator[dict[str, Any]]:
-    """The files of tar records, as webdataset's tar_file_expander gives them and 20 times as fast.
-
-    It takes 20 µs per header, as much as decoding a small image takes. Plain headers are walked here,
-    for `data` is verified; from the first unusual one on, tar_file_expander does the work.
-    """
-    at = 0
-    while at < len(data):
-        header = data[at : at + BLOCK]
-        start = at + BLOCK
-        digits = header[124:136].strip(b" \0")
-        size = int(digits, 8) if digits.isdigit() else -1
-        stop = start + size
-        is_file, is_extended = header[156] == ord("0"), header[156] == ord("x")
-        unusual_name = header[345] or header.startswith(b"__")
-        unusual_fields = is_extended and (b" path=" in data[start:stop] or b" size=" in data[start:stop])
-        if size < 0 or unusual_name or unusual_fields or not (is_file or is_extended):
-            rest = {"url": url, "stream": io.BytesIO(data[at:])}
-            yield from tar_file_expander([rest], eof_value=None)
-            return
-        if is_file:
-            name = header[:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
-            yield {"fname": name, "data": data[start:stop], "__url__": url}
-        at = start + -(-size // BLOCK) * BLOCK

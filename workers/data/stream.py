@@ -1,48 +1,27 @@
 """The global batches of one rank: read, verify, decode, augment, collate, some batches ahead.
 
-Nothing is written to disk, no more is held than one window of samples per owned lane or a share of the
-tail, and global batches depend on the order alone: not on world size, threads, or where a stream began.
+No more is held than one window of samples per owned lane or a share of the tail, or what the budget for
+reading ahead allows, and global batches depend on the order alone: not on world size, threads, or where
+a stream began.
 """
 
-import concurrent.futures
+import functools
 import itertools
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, Self
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image
-
 from workers.config import AugmentConfig
-from workers.data.index import DatasetIndex
-from workers.data.order import Order, Positions
-from workers.data.samples import RawSample, SampleReader, StageTimes
-from workers.data.transforms import Pixels, decode, eval_transform, sample_rng, train_transform
-from workers.errors import ConfigError, DataError
+from workers.data.batches import Assembler, Background, Batch, Decoder, Pixels, Row
+from workers.data.lookahead import Lookahead, mean_bytes, train_loads, validation_loads
+from workers.data.mixture import Source
+from workers.data.order import Positions
+from workers.data.quarantine import Ledger
+from workers.data.samples import SampleReader, Samples, StageTimes
+from workers.data.transforms import DecodeTimes, eval_transform, sample_rng, train_transform
+from workers.storage import open_store
 
-READERS = 8
-"""Requests under way at a time; they wait much and compute little."""
-
-LOAD_SAMPLES = 256
-"""Samples asked for at a time, or a chunk if that has more: small data sets need not do with small reads."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    images: torch.Tensor
-    """(n, C, H, W) uint8."""
-    labels: torch.Tensor
-    """(n,) int64."""
-    weights: torch.Tensor
-    """(n,) float32: 1, or 0 for padding, which repeats the first sample to give all ranks the same n."""
-    ids: npt.NDArray[np.uint64]
-    """(n,) ids of the index."""
-    num_real: int
-    """Samples that are not padding; they come first."""
+PREFETCH_BYTES = 256 << 20
+VALIDATION_BYTES = 64 << 20
 
 
 class TrainStream:
@@ -50,11 +29,8 @@ class TrainStream:
 
     def __init__(
         self,
-        index: DatasetIndex,
-        order: Order,
+        sources: Sequence[Source],
         *,
-        subset: Positions | None,
-        global_batch_size: int,
         rank: int,
         world_size: int,
         start_step: int,
@@ -62,236 +38,141 @@ class TrainStream:
         channels: Literal[1, 3],
         augment: AugmentConfig,
         prefetch_batches: int,
+        prefetch_bytes: int = PREFETCH_BYTES,
         decode_threads: int = 1,
     ) -> None:
-        """`subset` is what `order` runs over, if not the whole index. Two `decode_threads` give 1.7 times
-        the images of one for photographs, but 0.8 times for images of 32 x 32, which the interpreter limits.
+        """`prefetch_bytes` of samples are read ahead; a window of each owned lane in any case.
+
+        Two `decode_threads` give 1.7 times the images of one for photographs, but 0.8 times for images of
+        32 x 32, which the interpreter limits.
         """
-        if global_batch_size % order.lanes:
-            raise ConfigError(
-                f"train.global_batch_size {global_batch_size} is not a multiple of data.lanes {order.lanes}"
-            )
         self.times = StageTimes()
-        reader = SampleReader(index, subset, self.times)
-        if reader.num_samples != order.num_samples:
-            raise DataError(
-                f"the order is one of {order.num_samples} samples, the data has {reader.num_samples}"
+        self._size = sum(source.share(world_size) for source in sources)
+        transform = functools.partial(train_transform, size=image_size, channels=channels, augment=augment)
+        self._parts = []
+        slot = 0
+        for source in sources:
+            reader = SampleReader(source.data, open_store(source.data.url), self.times)
+            self._parts.append(
+                _Part(source, slot, rank, world_size, start_step, prefetch_bytes, reader, transform)
             )
-        slots = order.slots(rank, world_size)
-        share = global_batch_size // order.lanes * -(-order.lanes // world_size)
-        start = start_step * global_batch_size
-        crop = augment.model_dump()
-        self._samples = _Lookahead(
-            reader,
-            _train_loads(order, start, rank, world_size),
-            budget=len(slots) * order.window_chunks * order.chunk_samples,
-        )
-        self._assembler = _Assembler(image_size, channels, decode_threads, self.times)
-
-        def batch(step: int) -> Batch:
-            span = range(step * global_batch_size, (step + 1) * global_batch_size)
-            positions = order.owned(span, rank, world_size).tolist()
-            samples = self._samples.take(positions)
-
-            def augmented(image: Image.Image, row: int) -> Pixels:
-                rng = sample_rng(order.seed, positions[row] // order.num_samples, samples[row].id)
-                return train_transform(image, size=image_size, rng=rng, **crop)
-
-            return self._assembler.batch(samples, share, augmented)
-
-        self._batches = _Background(map(batch, itertools.count(start_step)), prefetch_batches)
+            slot += source.order.lanes
+        self._assembler = Assembler(image_size, channels, decode_threads, self.times)
+        batches = map(self._batch, itertools.count(start_step))
+        self._batches = Background(batches, prefetch_batches, self.times)
+        self._step = start_step
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
         """DataError names the shard and the sample that is at fault."""
-        started = time.perf_counter()
         batch = next(self._batches)
-        self.times.add(wait=time.perf_counter() - started)
+        self._count(batch)
+        self._step += 1
         return batch
 
     def close(self) -> None:
         """The threads end after the read or the batch that they are at; nobody waits for that."""
         self._batches.close()
-        self._samples.close()
+        for part in self._parts:
+            part.close()
         self._assembler.close()
+
+    def _batch(self, step: int) -> Batch:
+        rows = [row for part in self._parts for row in part.rows(step)]
+        return self._assembler.batch(rows, self._size)
+
+    def _count(self, batch: Batch) -> None:
+        """Enter what was delivered into the proof of each source's epoch."""
+        start = 0
+        for part in self._parts:
+            epochs = part.positions(self._step) // part.source.order.num_samples
+            part.source.tally.add(epochs, batch.ids[start : start + len(epochs)])
+            start += len(epochs)
+
+
+class _Part:
+    """One source's share of one rank's batches."""
+
+    def __init__(
+        self,
+        source: Source,
+        first_slot: int,
+        rank: int,
+        world_size: int,
+        start_step: int,
+        prefetch_bytes: int,
+        reader: SampleReader,
+        transform: Callable[..., None],
+    ) -> None:
+        self.source = source
+        self._first_slot = first_slot
+        self._rank, self._world_size = rank, world_size
+        order, mean = source.order, mean_bytes(source.data)
+        window = len(order.slots(rank, world_size)) * order.window_chunks * order.chunk_samples
+        loads = train_loads(order, start_step * source.count, rank, world_size, mean)
+        self._lookahead = Lookahead(reader, source.data, loads, max(prefetch_bytes, int(window * mean)))
+
+        def augmented(image: bytes, row: Row, out: Pixels, times: DecodeTimes) -> None:
+            rng = sample_rng(order.seed, row.epoch, row.raw.id)
+            transform(image, rng=rng, out=out, times=times)
+
+        self._decoder = Decoder(source.data, reader, source.ledger, augmented, substitute=True)
+
+    def positions(self, step: int) -> Positions:
+        return self.source.owned(step, self._rank, self._world_size)
+
+    def rows(self, step: int) -> list[Row]:
+        order = self.source.order
+        positions = self.positions(step).tolist()
+        samples = self._lookahead.take(positions)
+        return [
+            Row(raw, at // order.num_samples, self._first_slot + at % order.lanes, self._decoder)
+            for at, raw in zip(positions, samples, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._lookahead.close()
 
 
 def validation_batches(
-    index: DatasetIndex,
+    data: Samples,
     *,
     batch_size: int,
     rank: int,
     world_size: int,
     image_size: int,
     channels: Literal[1, 3],
+    ledger: Ledger,
     prefetch: int,
     decode_threads: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample of the data set once over all ranks; each rank has as many batches of `batch_size`."""
-    own = range(rank * index.num_samples // world_size, (rank + 1) * index.num_samples // world_size)
-    most = -(-index.num_samples // world_size)
-    samples = _Lookahead(
-        SampleReader(index, None, StageTimes()),
-        _validation_loads(own),
-        budget=4 * LOAD_SAMPLES,
-    )
-    assembler = _Assembler(image_size, channels, decode_threads, StageTimes())
+    """Every sample of the data set once over all ranks; each rank has as many batches of `batch_size`.
+
+    Samples that cannot be used have weight 0.
+    """
+    own = range(rank * data.num_samples // world_size, (rank + 1) * data.num_samples // world_size)
+    most = -(-data.num_samples // world_size)
+    times = StageTimes()
+    reader = SampleReader(data, open_store(data.url), times)
+    loads = validation_loads(own, mean_bytes(data))
+    samples = Lookahead(reader, data, loads, VALIDATION_BYTES)
+    assembler = Assembler(image_size, channels, decode_threads, times)
+
+    def resized(image: bytes, row: Row, out: Pixels, times: DecodeTimes) -> None:
+        eval_transform(image, size=image_size, channels=channels, out=out, times=times)
+
+    decoder = Decoder(data, reader, ledger, resized, substitute=False)
 
     def batch(number: int) -> Batch:
-        ordinals = own[number * batch_size : (number + 1) * batch_size]
-        return assembler.batch(
-            samples.take(ordinals), batch_size, lambda image, row: eval_transform(image, size=image_size)
-        )
+        raws = samples.take(own[number * batch_size : (number + 1) * batch_size])
+        return assembler.batch([Row(raw, 0, 0, decoder) for raw in raws], batch_size)
 
-    batches = _Background(map(batch, range(-(-most // batch_size))), prefetch)
+    batches = Background(map(batch, range(-(-most // batch_size))), prefetch, times)
     try:
         yield from batches
     finally:
         batches.close()
         samples.close()
         assembler.close()
-
-
-@dataclass(frozen=True)
-class _Load:
-    """Samples that are read together; `start` is the first position that draws from their block."""
-
-    start: int
-    positions: Positions
-    ordinals: Positions
-    """Ascending."""
-
-
-def _train_loads(order: Order, position: int, rank: int, world_size: int) -> Iterator[_Load]:
-    """All that the rank needs from `position` on, in the order of need."""
-    for block in order.blocks(position):
-        first = max(block.start, position)
-        positions = order.owned(range(first, block.stop), rank, world_size)
-        ordinals = order.samples(positions)
-        ascending = np.argsort(ordinals)
-        size = max(order.chunk_samples, LOAD_SAMPLES)
-        for start in range(0, len(ascending), size):
-            piece = ascending[start : start + size]
-            yield _Load(first, positions[piece], ordinals[piece])
-
-
-def _validation_loads(own: range) -> Iterator[_Load]:
-    for start in range(own.start, own.stop, LOAD_SAMPLES):
-        ordinals = np.arange(start, min(start + LOAD_SAMPLES, own.stop), dtype=np.int64)
-        yield _Load(start, ordinals, ordinals)
-
-
-class _Lookahead:
-    """Samples by position, read ahead of need while no more than `budget` are held or under way."""
-
-    def __init__(self, reader: SampleReader, loads: Iterator[_Load], budget: int) -> None:
-        self._reader = reader
-        self._loads = loads
-        self._next = next(loads, None)
-        self._budget = budget
-        self._pool = concurrent.futures.ThreadPoolExecutor(READERS, "vitscale-read")
-        self._held: dict[int, concurrent.futures.Future[dict[int, RawSample]]] = {}
-
-    def take(self, positions: Sequence[int]) -> list[RawSample]:
-        """The samples at ascending `positions`; they are no longer held then."""
-        last = positions[-1] if positions else -1
-        while self._next is not None and (self._next.start <= last or self._fits(self._next)):
-            future = self._pool.submit(self._read, self._next)
-            self._held.update(dict.fromkeys(self._next.positions.tolist(), future))
-            self._next = next(self._loads, None)
-        return [self._held.pop(position).result().pop(position) for position in positions]
-
-    def close(self) -> None:
-        self._reader.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _fits(self, load: _Load) -> bool:
-        return len(self._held) + len(load.positions) <= self._budget
-
-    def _read(self, load: _Load) -> dict[int, RawSample]:
-        return dict(zip(load.positions.tolist(), self._reader.read(load.ordinals), strict=True))
-
-
-class _Assembler:
-    """Samples to batches."""
-
-    def __init__(
-        self, image_size: int, channels: Literal[1, 3], decode_threads: int, times: StageTimes
-    ) -> None:
-        self._shape = (channels, image_size, image_size)
-        self._channels: Literal[1, 3] = channels
-        self._threads = decode_threads
-        self._times = times
-        self._pool = concurrent.futures.ThreadPoolExecutor(decode_threads, "vitscale-decode")
-
-    def batch(
-        self, samples: Sequence[RawSample], size: int, transform: Callable[[Image.Image, int], Pixels]
-    ) -> Batch:
-        """`transform(image, row)` gives the pixels of row `row` of the `size` rows."""
-        num_real = len(samples)
-        images = np.zeros((size, *self._shape), np.uint8)
-        labels, ids, weights = np.zeros(size, np.int64), np.zeros(size, np.uint64), np.zeros(size, np.float32)
-        labels[:num_real] = [sample.label for sample in samples]
-        ids[:num_real] = [sample.id for sample in samples]
-        weights[:num_real] = 1
-
-        def fill(first: int) -> None:
-            self._fill(images, samples, range(first, num_real, self._threads), transform)
-
-        if self._threads == 1:
-            fill(0)
-        else:
-            deque(self._pool.map(fill, range(self._threads)), maxlen=0)
-        if num_real:
-            images[num_real:], labels[num_real:], ids[num_real:] = images[0], labels[0], ids[0]
-        tensors = torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(weights)
-        return Batch(*tensors, ids, num_real)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _fill(
-        self,
-        images: npt.NDArray[np.uint8],
-        samples: Sequence[RawSample],
-        rows: range,
-        transform: Callable[[Image.Image, int], Pixels],
-    ) -> None:
-        decoding = augmenting = 0.0
-        for row in rows:
-            started = time.perf_counter()
-            try:
-                image = decode(samples[row].image, channels=self._channels)
-            except DataError as error:
-                raise DataError(f"{samples[row].shard}: sample {samples[row].key!r}: {error}") from error
-            decoded = time.perf_counter()
-            images[row] = transform(image, row)
-            decoding += decoded - started
-            augmenting += time.perf_counter() - decoded
-        self._times.add(decode=decoding, augment=augmenting)
-
-
-class _Background:
-    """The batches of an iterator, made in a thread, at most `depth` ahead."""
-
-    def __init__(self, batches: Iterator[Batch], depth: int) -> None:
-        self._batches = batches
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "vitscale-batch")
-        self._ahead = deque(self._pool.submit(next, batches) for _ in range(depth))
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._ahead:
-            raise StopIteration
-        batch = self._ahead[0].result()  # a failed one stays first, and fails again
-        self._ahead.popleft()
-        self._ahead.append(self._pool.submit(next, self._batches))
-        return batch
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._ahead.clear()

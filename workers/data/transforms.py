@@ -1,68 +1,88 @@
-"""Decode and augment: image bytes to the uint8 pixels that a model is given.
+"""From the bytes of an image file to the uint8 pixels that a model is given; `docs/images.md`.
 
 All randomness comes from `sample_rng(seed, epoch, sample id)`: never from rank, process or order of work.
+One resampling for training and evaluation: torch's bilinear `interpolate` of uint8, antialiased.
 """
 
 import hashlib
-import io
 import math
-from typing import Literal
+import time
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+import torch
+from torch.nn import functional
 
-from workers.errors import DataError
-
-Pixels = npt.NDArray[np.uint8]
-"""(C, H, W); may be a transposed view."""
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""All that Pillow may try: its EPS reader, for one, would start Ghostscript."""
-
-MAX_PIXELS = 89_478_485
-"""A quarter of a gigabyte as RGB, Pillow's own limit, where it only warns."""
+from workers.config import AugmentConfig
+from workers.data.augment import augment_view
+from workers.data.decode import Channels, Picture, Pixels, open_picture, read_pixels, shrink_for
 
 TRIES = 10
 
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation to what undoes it, as in PIL.ImageOps.exif_transpose, which also rewrites the EXIF
-block and fails on many that are damaged elsewhere."""
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom, in upright pixels."""
 
 
-def decode(data: bytes, *, channels: Literal[1, 3]) -> Image.Image:
-    """An "L" or "RGB" image, upright by its EXIF orientation; DataError says why these bytes are none.
+@dataclass
+class DecodeTimes:
+    """Seconds, added up over images."""
 
-    Colours are converted as by `Image.convert`, so alpha and ICC profiles are dropped and grey is ITU-R
-    601-2 luma; 16-bit grey keeps its high byte. Of an animation, the first frame. What is cut off or
-    damaged is an error, save EXIF: a picture whose EXIF cannot be read is taken as it lies.
+    decode: float = 0.0
+    augment: float = 0.0
+
+
+def train_transform(
+    data: bytes | memoryview,
+    *,
+    size: int,
+    channels: Channels,
+    augment: AugmentConfig,
+    rng: np.random.Generator,
+    out: Pixels,
+    times: DecodeTimes | None = None,
+) -> None:
+    """A random crop, resized, flipped half of the time if `augment.flip`, and augmented, to `out`
+    (channels, size, size); DataError says why `data` is no image.
+
+    The crop takes min_scale..1 of the area, at an aspect ratio log-uniform between min_ratio and its
+    inverse: Inception's (arXiv 1409.4842, section 6) in torchvision's form, RandomResizedCrop.
     """
-    mode = "L" if channels == 1 else "RGB"
-    try:
-        # Depending on the damage Pillow raises OSError, SyntaxError, ValueError, UnicodeDecodeError,
-        # struct.error, IndexError, TypeError, ... and, where filters say so, warnings.
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-        image.load()
-        orientation = _orientation(image)
-        if image.mode != mode:
-            image = _convert(image, mode)
-        return image.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else image
-    except (DataError, MemoryError):
-        raise
-    except UnidentifiedImageError as error:  # its message holds an address
-        raise DataError(f"no {' or '.join(FORMATS)} image, or its header is damaged") from error
-    except Exception as error:
-        raise DataError(f"damaged image: {error}") from error
+    started = time.perf_counter()
+    picture = open_picture(data, channels=channels)
+    box = _crop_box(picture.width, picture.height, augment.min_scale, augment.min_ratio, rng)
+    crop = _read_crop(picture, box, size)
+    decoded = time.perf_counter()
+    view = resize(crop, size)
+    if augment.flip and rng.random() < 0.5:
+        mirror(view, out)
+    else:
+        out[...] = view
+    augment_view(out, augment, rng)
+    if times is not None:
+        times.decode += decoded - started
+        times.augment += time.perf_counter() - decoded
+
+
+def eval_transform(
+    data: bytes | memoryview,
+    *,
+    size: int,
+    channels: Channels,
+    out: Pixels,
+    times: DecodeTimes | None = None,
+) -> None:
+    """The central square, resized, to `out` (channels, size, size); DataError as for training."""
+    started = time.perf_counter()
+    picture = open_picture(data, channels=channels)
+    side = min(picture.width, picture.height)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    crop = _read_crop(picture, (left, top, left + side, top + side), size)
+    decoded = time.perf_counter()
+    out[...] = resize(crop, size)
+    if times is not None:
+        times.decode += decoded - started
+        times.augment += time.perf_counter() - decoded
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -71,45 +91,26 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(words))  # type: ignore[arg-type]  # the stubs omit ISeedSequence
 
 
-def train_transform(
-    image: Image.Image,
-    *,
-    size: int,
-    min_scale: float,
-    min_ratio: float,
-    flip: bool,
-    rng: np.random.Generator,
-) -> Pixels:
-    """(C, size, size): a random crop, resized with antialiasing, flipped half of the time if `flip`.
+def resize(pixels: Pixels, size: int) -> Pixels:
+    """(H, W, C) to (C, size, size): bilinear, with antialiasing where that shrinks.
 
-    The crop takes min_scale..1 of the area, at an aspect ratio log-uniform between min_ratio and its
-    inverse: Inception's (arXiv 1409.4842, section 6) in torchvision's form, RandomResizedCrop.
+    Three to seven times as fast as Pillow's at 32 to 384 pixels; 146 µs from 420 x 370 to 224 pixels.
     """
-    pixels = _resize(image, _crop_box(image.width, image.height, min_scale, min_ratio, rng), size)
-    return pixels[:, :, ::-1] if flip and rng.random() < 0.5 else pixels
+    planes = np.ascontiguousarray(pixels).transpose(2, 0, 1)[np.newaxis]  # torch would copy with all threads
+    if planes.shape[2:] == (size, size):
+        view: Pixels = planes[0]
+        return view
+    resized = functional.interpolate(torch.from_numpy(planes), (size, size), mode="bilinear", antialias=True)
+    view = resized[0].numpy()
+    return view
 
 
-def eval_transform(image: Image.Image, *, size: int) -> Pixels:
-    """(C, size, size): the shorter side resized to `size`, then the central square, in one step."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return _resize(image, (left, top, left + side, top + side), size)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - damaged EXIF raises as much as damaged images do, see decode
-        return 1
-    return orientation if isinstance(orientation, int) else 1
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image.info.pop("transparency", None)  # convert() would warn about what it cannot keep
-    return image if image.mode == mode else image.convert(mode)
+def mirror(view: Pixels, out: Pixels) -> None:
+    """Left to right; 11 µs where NumPy takes 35 for 224 x 224 and torch starts threads."""
+    if view.shape[2] % 8 or not view.flags.c_contiguous:
+        out[...] = view[:, :, ::-1]
+    else:
+        out[...] = view.view(np.uint64)[:, :, ::-1].byteswap().view(np.uint8)
 
 
 class _Seed(np.random.bit_generator.ISeedSequence):
@@ -123,10 +124,7 @@ class _Seed(np.random.bit_generator.ISeedSequence):
         return np.frombuffer(digest, dtype)
 
 
-def _crop_box(
-    width: int, height: int, min_scale: float, min_ratio: float, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom, in pixels."""
+def _crop_box(width: int, height: int, min_scale: float, min_ratio: float, rng: np.random.Generator) -> Box:
     max_log_ratio = -math.log(min_ratio)
     for _ in range(TRIES):
         scale, ratio, left, top = rng.random(4).tolist()
@@ -143,9 +141,11 @@ def _crop_box(
     return x, y, x + w, y + h
 
 
-def _resize(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Pixels:
-    """Bilinear with antialiasing where that shrinks."""
-    if box != (0, 0, size, size) or image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    pixels = np.asarray(image)
-    return pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def _read_crop(picture: Picture, box: Box, size: int) -> Pixels:
+    """(h, w, C), a view. Where the picture is decoded smaller, the box moves to whole pixels of that, which
+    is less than a third of a pixel of the result: half of one of them, of which there are 1.5 in it."""
+    left, top, right, bottom = box
+    pixels, shrink = read_pixels(picture, shrink_for((bottom - top) / size, (right - left) / size))
+    if shrink > 1:
+        left, top, right, bottom = (round(edge / shrink) for edge in box)
+    return pixels[top:bottom, left:right]

@@ -54,8 +54,12 @@ class Manifest:
     scalars: dict[str, float]
     """The optimizer's state that is not tensors."""
     config: dict[str, Any]
-    order: dict[str, Any]
-    """Identity of the data order; the position in it is step x global batch size."""
+    sources: list[dict[str, Any]]
+    """Identity of each source's order, and its samples in a global batch: the position is step x count."""
+    tallies: list[list[int]]
+    """What was delivered of each source's unfinished epoch: for its proof."""
+    bad_samples: list[list[dict[str, Any]]]
+    """Of each source: what was damaged, and what stood in for it."""
     metrics: dict[str, float]
     versions: dict[str, str]
     complete: bool

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
+from workers.data.quarantine import BadSample, Ledger
 from workers.data.stream import validation_batches
+from workers.training.proofs import merge_ledgers
 
 PREFETCH_BATCHES = 2
 
@@ -22,17 +24,26 @@ class Evaluation:
     num_images: int
     confusion: list[list[int]]
     """Counts; row = true class, column = predicted class."""
+    bad_samples: list[BadSample]
+    """Left out, because they are damaged."""
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, config: ModelConfig, index: DatasetIndex, *, batch_size: int, device: torch.device
+    model: nn.Module,
+    config: ModelConfig,
+    index: DatasetIndex,
+    *,
+    batch_size: int,
+    max_bad_fraction: float,
+    device: torch.device,
 ) -> Evaluation:
     """Every rank takes its part and gets the whole result; `batch_size` images per rank and forward."""
     model.eval()
     classes = config.num_classes
     # The last cell holds the summed loss: one reduction in double precision, exact for counts below 2**53.
     totals = torch.zeros(classes * classes + 1, dtype=torch.float64, device=device)
+    ledger = Ledger(index.num_samples, max_bad_fraction)
     batches = validation_batches(
         index,
         batch_size=batch_size,
@@ -40,6 +51,7 @@ def evaluate(
         world_size=dist.get_world_size(),
         image_size=config.image_size,
         channels=config.channels,
+        ledger=ledger,
         prefetch=PREFETCH_BATCHES,
     )
     for batch in batches:
@@ -50,8 +62,9 @@ def evaluate(
         totals.index_add_(0, cells, weights.double())
         totals[-1] += (losses * weights).sum()
     dist.all_reduce(totals)
+    merge_ledgers([ledger], device)
     model.train()
-    return _summarise(totals.cpu(), classes)
+    return _summarise(totals.cpu(), classes, ledger.entries())
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -59,7 +72,7 @@ def normalize(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1.0)
 
 
-def _summarise(totals: Tensor, classes: int) -> Evaluation:
+def _summarise(totals: Tensor, classes: int, bad_samples: list[BadSample]) -> Evaluation:
     confusion = totals[:-1].view(classes, classes)
     count = confusion.sum().item()
     return Evaluation(
@@ -67,4 +80,5 @@ def _summarise(totals: Tensor, classes: int) -> Evaluation:
         accuracy=confusion.diagonal().sum().item() / count,
         num_images=int(count),
         confusion=confusion.long().tolist(),
+        bad_samples=bad_samples,
     )

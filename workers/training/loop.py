@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from workers.config import InitConfig, RunConfig, make_config
+from workers.data.batches import Batch
 from workers.data.index import DatasetIndex
-from workers.data.order import Order, Positions
-from workers.data.stream import Batch, TrainStream
-from workers.data.subset import subset, subset_fingerprint
+from workers.data.mixture import Source
+from workers.data.quarantine import to_json
+from workers.data.samples import StageTimes
+from workers.data.stream import TrainStream
 from workers.errors import ConfigError
 from workers.models import build_model
 from workers.models.sizes import patch_grid
@@ -29,9 +32,11 @@ from workers.storage import Store, open_store
 from workers.training.checkpoint import load_full, open_manifest
 from workers.training.commits import Lease
 from workers.training.evaluate import Evaluation, evaluate, normalize
+from workers.training.inputs import make_sources, open_data
 from workers.training.metrics import EventWriter
 from workers.training.optim import learning_rate, make_optimizer
 from workers.training.parallel import shard, worker_group
+from workers.training.proofs import settle_epochs
 from workers.training.state import TrainState, share_lease
 
 log = logging.getLogger(__name__)
@@ -55,30 +60,30 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
         torch.set_num_threads(config.compute.cpus_per_worker)
         store = open_store(run_url)
         # Before the lease: a configuration that does not fit its data must not stop whoever trains the run.
-        data, validation = _open_data(config)
+        data, validation = open_data(config)
+        sources = make_sources(config, data, device)
         lease = share_lease(store, device)
         if lease is None:
             log.info("%s is complete", config.run)
         else:
-            _train_under(lease, config, store, data, validation, device)
+            _train_under(lease, config, store, sources, validation, device)
 
 
 def _train_under(
     lease: Lease,
     config: RunConfig,
     store: Store,
-    data: DatasetIndex,
+    sources: list[Source],
     validation: DatasetIndex,
     device: torch.device,
 ) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    order, samples = _make_order(config, data)
     model = _initial_model(config)
     if config.init is not None and lease.continues is None:
         _load_parent(config.init, model)
     model = shard(model, device)
     optimizer = make_optimizer(model, config.optim)
-    state = TrainState(config, store, lease, order, model, optimizer, device)
+    state = TrainState(config, store, lease, sources, model, optimizer, device)
     state.resume()
     events = EventWriter(store, lease.epoch) if rank == 0 else None
     if events:
@@ -87,10 +92,7 @@ def _train_under(
     batch_size = config.train.global_batch_size
     total_images = config.num_steps * batch_size
     stream = TrainStream(
-        data,
-        order,
-        subset=samples,
-        global_batch_size=batch_size,
+        sources,
         rank=rank,
         world_size=world_size,
         start_step=state.step,
@@ -98,6 +100,7 @@ def _train_under(
         channels=config.model.channels,
         augment=config.data.augment,
         prefetch_batches=config.compute.prefetch_batches,
+        prefetch_bytes=config.compute.prefetch_bytes,
         decode_threads=_decode_threads(config),
     )
     meter = Meter(device)
@@ -106,19 +109,30 @@ def _train_under(
         while not state.complete:
             rate = learning_rate(config.optim, state.images_seen, total_images)
             totals = _train_step(state, next(stream), rate)
+            proofs = settle_epochs(sources, state.step, device)
             state.step += 1
             meter.add(totals, batch_size)
+            if events:
+                for proof in proofs:
+                    events.write("epoch", state.images_seen, **asdict(proof))
 
             evaluating = state.complete or _due(state, config.train.eval_every_images)
             committing = state.complete or _checkpoint_due(state)
             if evaluating or committing or _due(state, config.train.log_every_images):
-                values = meter.take(waited=stream.times.take().wait)
+                values = meter.take(stream.times.take())
                 _check_finite(values, state)
                 if events:
                     events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
             if evaluating:
                 images_per_rank = config.compute.microbatch_size or -(-batch_size // world_size)
-                result = evaluate(model, config.model, validation, batch_size=images_per_rank, device=device)
+                result = evaluate(
+                    model,
+                    config.model,
+                    validation,
+                    batch_size=images_per_rank,
+                    max_bad_fraction=config.data.max_bad_fraction,
+                    device=device,
+                )
                 if events:
                     _write_evaluation(events, state, result)
                 meter.restart()
@@ -127,49 +141,6 @@ def _train_under(
                 meter.restart()
     finally:
         stream.close()
-
-
-def _open_data(config: RunConfig) -> tuple[DatasetIndex, DatasetIndex]:
-    index = DatasetIndex.open(config.data.url)
-    validation = DatasetIndex.open(config.data.validation_url)
-    for field, expected, found in (
-        ("data.fingerprint", config.data.fingerprint, index.fingerprint),
-        ("data.validation_fingerprint", config.data.validation_fingerprint, validation.fingerprint),
-    ):
-        if expected not in (None, found):
-            raise ConfigError(
-                f"{field} is {expected}, but the data there has {found}: it changed since the configuration "
-                "was made; restore it, or make a new configuration"
-            )
-    if config.model.num_classes != len(index.classes):
-        raise ConfigError(
-            f"model.num_classes is {config.model.num_classes}, the data has {len(index.classes)} classes"
-        )
-    if validation.classes != index.classes[: len(validation.classes)]:
-        raise ConfigError(
-            f"data.validation_url: the classes of {validation.url} are not those of {index.url}; "
-            "index both with the same ones"
-        )
-    return index, validation
-
-
-def _make_order(config: RunConfig, data: DatasetIndex) -> tuple[Order, Positions | None]:
-    """The order of the data or of its subset, and which samples are in that (None: all)."""
-    part = config.data
-    fingerprint, num_samples, samples = data.fingerprint, data.num_samples, None
-    if part.subset is not None:
-        samples = subset(num_samples, part.subset, part.subset_seed)
-        fingerprint = subset_fingerprint(fingerprint, part.subset, part.subset_seed)
-        num_samples = part.subset
-    order = Order.for_dataset(
-        fingerprint,
-        num_samples,
-        seed=config.seed,
-        lanes=part.lanes,
-        chunk_samples=part.chunk_samples,
-        window_chunks=part.window_chunks,
-    )
-    return order, samples
 
 
 def _decode_threads(config: RunConfig) -> int:
@@ -243,6 +214,8 @@ def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
 def _write_evaluation(events: EventWriter, state: TrainState, result: Evaluation) -> None:
     values = {"val_loss": result.loss, "val_accuracy": result.accuracy}
     events.write("metrics", state.images_seen, values=values)
+    if result.bad_samples:
+        events.write("bad_samples", state.images_seen, of="validation", samples=to_json(result.bad_samples))
     if state.complete and len(result.confusion) <= CONFUSION_CLASSES:
         events.write("confusion", state.images_seen, counts=result.confusion)
 
@@ -283,8 +256,11 @@ class Meter:
         self._steps += 1
         self._images += images
 
-    def take(self, *, waited: float) -> dict[str, float]:
-        """Means over those steps and all ranks; `waited` is this rank's wait for data, in seconds."""
+    def take(self, data: StageTimes) -> dict[str, float]:
+        """Means over those steps and all ranks; `data` is what this rank's stream spent meanwhile.
+
+        `data_wait` is a share of the time; the stages are in ms per image of this rank, of all its threads.
+        """
         dist.all_reduce(self._totals)
         loss, accuracy, norm = (self._totals / max(1, self._steps)).tolist()
         seconds = time.perf_counter() - self._start
@@ -293,7 +269,10 @@ class Meter:
             "accuracy": accuracy,
             "gradient_norm": norm,
             "images_per_second": self._images / seconds,
-            "data_wait": min(1.0, waited / seconds),
+            "data_wait": min(1.0, data.wait / seconds),
         }
+        ms_per_image = 1000 * dist.get_world_size() / max(1, self._images)
+        for stage in ("fetch", "verify", "decode", "augment"):
+            values[f"data_{stage}_ms"] = getattr(data, stage) * ms_per_image
         self.restart()
         return values

@@ -47,6 +47,27 @@ def broadcast_integers(values: list[int], device: torch.device) -> list[int]:
     return [int(value) for value in tensor.tolist()]
 
 
+def sum_integers(values: list[int], device: torch.device) -> list[int]:
+    """Over all ranks, on every rank; each below 2**63 / ranks."""
+    tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor)
+    return [int(value) for value in tensor.tolist()]
+
+
+def all_texts(mine: str, device: torch.device) -> list[str]:
+    """Every rank's text, by rank, on every rank."""
+    data = mine.encode()
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, length)
+    width = max(int(other) for other in lengths)
+    row = torch.tensor(list(data.ljust(width, b"\0")), dtype=torch.uint8, device=device)
+    rows = [torch.empty_like(row) for _ in lengths]
+    if width:
+        dist.all_gather(rows, row)
+    return [bytes(other[: int(size)].tolist()).decode() for other, size in zip(rows, lengths, strict=True)]
+
+
 def first_text(mine: str, device: torch.device) -> str:
     """The text, cut to 1,000 bytes, of the first rank that has one; on every rank. "" if none has."""
     data = mine.encode()[:1000].ljust(1000, b"\0")

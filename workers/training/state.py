@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 
 import workers
 from workers.config import RunConfig
-from workers.data.order import Order
+from workers.data.mixture import Source
+from workers.data.quarantine import from_json, to_json
 from workers.errors import CheckpointError
 from workers.storage import Store
 from workers.training import checkpoint
 from workers.training.commits import CommitLog, Lease
 from workers.training.metrics import EventWriter
 from workers.training.parallel import broadcast_integers, first_text
+from workers.training.proofs import load_tallies, merge_ledgers, save_tallies
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ class TrainState:
     store: Store
     """Of the run."""
     lease: Lease
-    order: Order
+    sources: list[Source]
     model: nn.Module
     optimizer: Optimizer
     device: torch.device
@@ -55,13 +57,17 @@ class TrainState:
             problem = ""
             try:
                 manifest = checkpoint.read_manifest(self.store, commit.manifest, commit.digest)
-                self.order.check(manifest.order)
+                for source, saved in zip(self.sources, manifest.sources, strict=True):
+                    source.check(saved)
                 checkpoint.load_into(self.store, manifest, self.model, self.optimizer)
             except CheckpointError as error:
                 problem = str(error)
             problem = first_text(problem, self.device)
             if not problem:
                 self.step = manifest.step
+                load_tallies(self.sources, self.step, manifest.tallies, dist.get_rank())
+                for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
+                    source.ledger.add(from_json(bad))
                 self.parent, self.parent_digest = commit.seq, commit.digest
                 log.info("%s goes on from image %d", self.config.run, self.images_seen)
                 return
@@ -75,6 +81,7 @@ class TrainState:
 
     def commit(self, metrics: dict[str, float], events: EventWriter | None) -> None:
         """Every rank writes its objects, then rank 0 the manifest and the log's next entry."""
+        merge_ledgers([source.ledger for source in self.sources], self.device)
         directory = checkpoint.checkpoint_directory(self.images_seen, self.lease.epoch)
         written = checkpoint.write_shards(self.store, directory, self.model, self.optimizer)
         manifest = checkpoint.Manifest(
@@ -88,7 +95,9 @@ class TrainState:
             shapes=written.shapes,
             scalars=written.scalars,
             config=self.config.model_dump(mode="json"),
-            order=self.order.identity(),
+            sources=[source.identity() for source in self.sources],
+            tallies=save_tallies(self.sources, self.step, self.device),
+            bad_samples=[to_json(source.ledger.entries()) for source in self.sources],
             metrics=metrics,
             versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
             complete=self.complete,
@@ -97,6 +106,8 @@ class TrainState:
         if events is not None:
             events.flush()
             seq = self._append(directory, manifest)
+            if bad := [entry for entries in manifest.bad_samples for entry in entries]:
+                events.write("bad_samples", self.images_seen, of="training", samples=bad)
             events.write("commit", self.images_seen, seq=seq, complete=self.complete)
             events.flush()
         (self.parent,) = broadcast_integers([seq], self.device)

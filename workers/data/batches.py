@@ -1,0 +1,169 @@
+"""Samples to batches: decode, augment, put substitutes in the place of bad samples, collate."""
+
+import concurrent.futures
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.data.quarantine import TRIES, BadSample, Ledger, substitutes
+from workers.data.samples import RawSample, SampleReader, Samples, StageTimes
+from workers.data.transforms import DecodeTimes
+from workers.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+Transform = Callable[[bytes, "Row", Pixels, DecodeTimes], None]
+"""Writes the pixels of an image file, as they are for a row, to an array (C, H, W); DataError if it cannot
+be decoded."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: torch.Tensor
+    """(n, C, H, W) uint8."""
+    labels: torch.Tensor
+    """(n,) int64."""
+    weights: torch.Tensor
+    """(n,) float32: 1, or 0 for what does not count: padding, which repeats the first sample to give all
+    ranks the same n, and bad samples of a validation set."""
+    slots: torch.Tensor
+    """(n,) int64: source and lane of each row; which rows share a slot does not depend on the world size."""
+    ids: npt.NDArray[np.uint64]
+    """(n,) ids of the index; of the samples that are due, whatever stands in for them."""
+    num_real: int
+    """Samples that are not padding; they come first."""
+
+
+class Row(NamedTuple):
+    """What is due in one row of a batch."""
+
+    raw: RawSample
+    epoch: int
+    slot: int
+    decoder: "Decoder"
+
+
+class Assembler:
+    """Rows to batches, in so many threads."""
+
+    def __init__(self, image_size: int, channels: Literal[1, 3], threads: int, times: StageTimes) -> None:
+        self._shape = (channels, image_size, image_size)
+        self._threads = threads
+        self._times = times
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "vitscale-decode")
+
+    def batch(self, rows: Sequence[Row], size: int) -> Batch:
+        """Padded to `size` rows."""
+        num_real = len(rows)
+        images = np.empty((size, *self._shape), np.uint8)
+        labels, ids = np.zeros(size, np.int64), np.zeros(size, np.uint64)
+        slots, weights = np.zeros(size, np.int64), np.zeros(size, np.float32)
+        ids[:num_real] = [row.raw.id for row in rows]
+        slots[:num_real] = [row.slot for row in rows]
+        weights[:num_real] = 1
+
+        def fill(first: int) -> None:
+            times = DecodeTimes()
+            for at in range(first, num_real, self._threads):
+                label = rows[at].decoder.decode(rows[at], images[at], times)
+                if label is None:
+                    images[at], labels[at], weights[at] = 0, 0, 0
+                else:
+                    labels[at] = label
+            self._times.add(decode=times.decode, augment=times.augment)
+
+        if self._threads == 1:
+            fill(0)
+        else:
+            deque(self._pool.map(fill, range(self._threads)), maxlen=0)
+        for array in (images, labels, ids, slots):
+            array[num_real:] = array[0] if num_real else 0
+        return Batch(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy(weights),
+            slots=torch.from_numpy(slots),
+            ids=ids,
+            num_real=num_real,
+        )
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Decoder:
+    """Decodes the samples of one data set and enters the bad ones into its ledger."""
+
+    def __init__(
+        self, data: Samples, reader: SampleReader, ledger: Ledger, transform: Transform, *, substitute: bool
+    ) -> None:
+        """Without `substitute` a bad sample is left out."""
+        self._data = data
+        self._reader = reader
+        self._ledger = ledger
+        self._transform = transform
+        self._substitute = substitute
+
+    def decode(self, row: Row, out: Pixels, times: DecodeTimes) -> int | None:
+        """The label of what is in `out` then; None: left out."""
+        reason = self._try(row.raw, row, out, times)
+        if not reason:
+            return row.raw.label
+        if not self._substitute:
+            self._enter(row.raw, reason, None)
+            return None
+        for ordinal in substitutes(row.raw.ordinal, self._data.num_samples, self._data.fingerprint):
+            (other,) = self._reader.read(np.array([ordinal], np.int64))
+            if ordinal != row.raw.ordinal and not self._try(other, row, out, times):
+                self._enter(row.raw, reason, ordinal)
+                return other.label
+        shard, key = self._reader.key(row.raw.ordinal)
+        where = f"{self._data.url}/{shard}: sample {key!r}"
+        raise DataError(f"{where}: {reason}; and so are all {TRIES} that could replace it")
+
+    def _enter(self, raw: RawSample, reason: str, substitute: int | None) -> None:
+        if raw.ordinal not in self._ledger:
+            shard, key = self._reader.key(raw.ordinal)
+            self._ledger.add([BadSample(self._data.url, shard, key, raw.ordinal, reason, substitute)])
+
+    def _try(self, raw: RawSample, row: Row, out: Pixels, times: DecodeTimes) -> str:
+        """Why it did not work."""
+        if raw.defect:
+            return raw.defect
+        try:
+            self._transform(raw.image, row, out, times)
+        except DataError as error:
+            return str(error)
+        return ""
+
+
+class Background:
+    """The batches of an iterator, made in a thread, at most `depth` ahead."""
+
+    def __init__(self, batches: Iterator[Batch], depth: int, times: StageTimes) -> None:
+        self._batches = batches
+        self._times = times
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "vitscale-batch")
+        self._ahead = deque(self._pool.submit(next, batches) for _ in range(depth))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._ahead:
+            raise StopIteration
+        started = time.perf_counter()
+        batch = self._ahead[0].result()  # a failed one stays first, and fails again
+        self._times.add(wait=time.perf_counter() - started)
+        self._ahead.popleft()
+        self._ahead.append(self._pool.submit(next, self._batches))
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._ahead.clear()

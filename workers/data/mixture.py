@@ -1,0 +1,83 @@
+"""Several data sets mixed: every global batch holds a fixed number of samples of each, without replacement.
+
+Each source keeps its own order, epochs and proof; position p of a source is its p-th sample since the
+start of training. One step therefore says all: at step k a source is at position k x count.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from workers.data.order import Order, Positions
+from workers.data.proof import EpochTally
+from workers.data.quarantine import Ledger
+from workers.data.samples import Samples
+from workers.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    data: Samples
+    order: Order
+    count: int
+    """Samples of each global batch, a multiple of the order's lanes."""
+    ledger: Ledger
+    """Of the bad samples met so far."""
+    tally: EpochTally
+    """Of what was delivered of the epoch."""
+
+    @classmethod
+    def of(cls, data: Samples, order: Order, count: int, *, max_bad_fraction: float) -> Self:
+        ledger = Ledger(data.num_samples, max_bad_fraction)
+        return cls(data, order, count, ledger, EpochTally(data.num_samples, data.id_sum))
+
+    def __post_init__(self) -> None:
+        if self.count % self.order.lanes:
+            raise ConfigError(
+                f"train.global_batch_size: {self.count} samples of {self.data.url} in each batch are not a "
+                f"multiple of data.lanes {self.order.lanes}"
+            )
+        if self.data.num_samples != self.order.num_samples:
+            raise DataError(
+                f"the order is one of {self.order.num_samples} samples, the data has {self.data.num_samples}"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.order.identity(), "count": self.count}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """DataError unless `saved` is this source's identity."""
+        self.order.check(saved)
+        if saved.get("count") != self.count:
+            raise DataError(
+                f"a global batch had {saved.get('count')} samples of {self.data.url}, now {self.count}; "
+                "resume with the saved weights and batch size, or start a new run"
+            )
+
+    def owned(self, step: int, rank: int, world_size: int) -> Positions:
+        """Positions that the rank contributes to global batch `step`, ascending."""
+        return self.order.owned(range(step * self.count, (step + 1) * self.count), rank, world_size)
+
+    def share(self, world_size: int) -> int:
+        """The most samples that one rank contributes to a global batch."""
+        return self.count // self.order.lanes * -(-self.order.lanes // world_size)
+
+
+def share_out(weights: Sequence[float], global_batch_size: int, lanes: int) -> list[int]:
+    """Samples of each source in every global batch, multiples of `lanes`, as near to the weights as can be.
+
+    Largest remainders: what rounding down leaves goes where it cut off most.
+    """
+    units = global_batch_size // lanes
+    exact = [weight / sum(weights) * units for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda at: (counts[at] - exact[at], at))
+    for at in by_remainder[: units - sum(counts)]:
+        counts[at] += 1
+    if 0 in counts:
+        raise ConfigError(
+            f"data.mix: source {counts.index(0)} (0 is data.url) gets no sample of a global batch of "
+            f"{global_batch_size}, shared out in steps of data.lanes {lanes}; raise its weight or "
+            "train.global_batch_size, or lower data.lanes"
+        )
+    return [count * lanes for count in counts]

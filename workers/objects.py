@@ -1,0 +1,83 @@
+"""What every store of objects has in common: its interface, what goes wrong with it, and addresses."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from workers.errors import DataError
+
+
+class NotFound(DataError):
+    """No object at this key."""
+
+
+class AlreadyExists(DataError):
+    """A create-once write found the object there."""
+
+
+class Truncated(DataError):
+    """The object ends before the range that was asked for does; asking again does not help."""
+
+    def __init__(self, where: str, start: int, length: int, size: int | None = None) -> None:
+        self.size = size
+        """Bytes of the object, where the store said."""
+        ends = "before that" if size is None else f"at byte {size}"
+        super().__init__(
+            f"{where}: wanted {length} bytes from byte {start}, but it ends {ends}; the object is truncated"
+        )
+
+
+class Changed(DataError):
+    """The object is no longer the version that was asked for; asking again does not help."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} changed since it was indexed; run `vitscale index` again")
+
+
+class Unavailable(DataError):
+    """Store or network gave no answer for as long as anybody waits; nothing is known of the object."""
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    key: str
+    size: int
+    """Bytes."""
+    etag: str
+    """Changes whenever the content may have: the ETag on S3, mtime and size for a file."""
+
+
+class Store(Protocol):
+    """The objects below one URL; keys are relative to it and use `/`.
+
+    Threads may share one. Each method may raise Unavailable besides what it says.
+    """
+
+    url: str
+
+    def read(self, key: str) -> bytes: ...
+    def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
+        """Exactly `length` bytes from byte `start`; Truncated if too short, Changed if not the `etag` one."""
+
+    def forget(self, key: str, start: int, length: int, etag: str) -> None:
+        """These bytes were wrong: whoever keeps copies of them drops them, so that a second read is fresh."""
+
+    def head(self, key: str) -> ObjectInfo:
+        """NotFound if there is no such object."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
+    def write(self, key: str, data: bytes) -> None:
+        """Whole or not at all; replaces what was there."""
+
+    def upload(self, key: str, path: Path) -> None:
+        """The file's bytes as an object, without holding them in memory; replaces what was there."""
+
+    def create(self, key: str, data: bytes) -> None:
+        """AlreadyExists if the object is there; whoever returns is the only writer."""
+
+    def delete(self, key: str) -> None: ...
+
+
+def join_url(root: str, *keys: str) -> str:
+    return "/".join([root.rstrip("/"), *(key.strip("/") for key in keys)])

@@ -1,0 +1,97 @@
+"""The data of a run, as its configuration names it: opened, checked, ordered."""
+
+import torch
+import torch.distributed as dist
+
+from workers.config import DataConfig, RunConfig
+from workers.data.index import DatasetIndex
+from workers.data.mixture import Source, share_out
+from workers.data.order import Order
+from workers.data.samples import Samples
+from workers.data.subset import Subset, build_subset
+from workers.errors import ConfigError, DataError
+from workers.training.parallel import first_text
+
+CHUNK_BYTES = 4 << 20
+CHUNK_SAMPLES = range(16, 1025)
+"""However large or small images are."""
+
+
+def open_data(config: RunConfig) -> tuple[list[DatasetIndex], DatasetIndex]:
+    """The indexes of the training sources, `data.url` first, and of the validation set."""
+    data = config.data
+    indexes = [_open("data.fingerprint", data.url, data.fingerprint)]
+    indexes += [
+        _open(f"data.mix.{number}.fingerprint", source.url, source.fingerprint)
+        for number, source in enumerate(data.mix)
+    ]
+    validation = _open("data.validation_fingerprint", data.validation_url, data.validation_fingerprint)
+    first = indexes[0]
+    if config.model.num_classes != len(first.classes):
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, the data has {len(first.classes)} classes"
+        )
+    for other in indexes[1:]:
+        if other.classes != first.classes:
+            raise ConfigError(
+                f"data.mix: the classes of {other.url} are not those of {first.url}; index both with the "
+                "same ones"
+            )
+    if validation.classes != first.classes[: len(validation.classes)]:
+        raise ConfigError(
+            f"data.validation_url: the classes of {validation.url} are not those of {first.url}; "
+            "index both with the same ones"
+        )
+    return indexes, validation
+
+
+def make_sources(config: RunConfig, indexes: list[DatasetIndex], device: torch.device) -> list[Source]:
+    """What global batches are made of; all ranks call it, and the first builds a subset that is missing."""
+    data = config.data
+    weights = [data.weight, *(source.weight for source in data.mix)]
+    counts = share_out(weights, config.train.global_batch_size, data.lanes)
+    sources = []
+    for index, count in zip(indexes, counts, strict=True):
+        samples = index if data.subset is None else _subset(index, data, device)
+        order = make_order(config, samples)
+        sources.append(Source.of(samples, order, count, max_bad_fraction=data.max_bad_fraction))
+    return sources
+
+
+def make_order(config: RunConfig, samples: Samples) -> Order:
+    data = config.data
+    chunk_samples = data.chunk_samples
+    if chunk_samples is None:
+        fitting = CHUNK_BYTES * samples.num_samples // max(1, samples.num_bytes)
+        chunk_samples = min(max(fitting, CHUNK_SAMPLES.start), CHUNK_SAMPLES.stop - 1)
+    return Order.for_dataset(
+        samples.fingerprint,
+        samples.num_samples,
+        seed=config.seed,
+        lanes=data.lanes,
+        chunk_samples=chunk_samples,
+        window_chunks=data.window_chunks,
+    )
+
+
+def _open(field: str, url: str, expected: str | None) -> DatasetIndex:
+    index = DatasetIndex.open(url)
+    if expected not in (None, index.fingerprint):
+        raise ConfigError(
+            f"{field} is {expected}, but the data there has {index.fingerprint}: it changed since the "
+            "configuration was made; restore it, or make a new configuration"
+        )
+    return index
+
+
+def _subset(index: DatasetIndex, data: DataConfig, device: torch.device) -> Subset:
+    assert data.subset is not None
+    problem = ""
+    if dist.get_rank() == 0:
+        try:
+            build_subset(index, data.subset, data.subset_seed, stratified=data.stratified)
+        except (ConfigError, DataError) as error:
+            problem = str(error)
+    if problem := first_text(problem, device):
+        raise (ConfigError if problem.startswith("data.subset") else DataError)(problem)
+    return Subset.open(index, data.subset, data.subset_seed, stratified=data.stratified)
