@@ -41,13 +41,8 @@ def users(module: str) -> set[str]:
 
 def test_the_rules_see_the_whole_house() -> None:
     assert len(NAMES) > 40
-<<<<<<< HEAD
-    assert "workers/storage.py" in users("boto3")
-    assert "pipelines/ingest/write.py" in users("webdataset")
-=======
     assert "workers/s3_client.py" in users("boto3")
-    assert "pipelines/ingest.py" in users("webdataset")
->>>>>>> main
+    assert "pipelines/ingest/write.py" in users("webdataset")
     assert users("orchestrator") >= {"orchestrator/driver.py", "pipelines/cli.py"}
 
 

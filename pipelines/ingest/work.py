@@ -89,13 +89,14 @@ class Work:
                     self.store.delete(info.key)
 
     def tidy(self, shards: Collection[str]) -> None:
-        """Of the splits' folders the planned shards stay, and indexes of splits that have any."""
-        splits = {shard.partition("/")[0] for shard in shards}
+        """Only planned shards stay; an index that may know of others goes before those do."""
         for split in SPLIT_NAMES:
-            for info in list(self.store.list(f"{split}/")):
-                is_index = split in splits and info.key.startswith(f"{split}/_vitscale/")
-                if info.key not in shards and not is_index:
-                    self.store.delete(info.key)
+            found = {info.key for info in self.store.list(f"{split}/")}
+            index = {key for key in found if key.startswith(f"{split}/_vitscale/")}
+            others = found - index - set(shards)
+            if others or not found & set(shards):
+                for key in [*sorted(index), *sorted(others)]:
+                    self.store.delete(key)
 
     def end(self, marker: Marker) -> None:
         self.store.write(MARKER, marker.to_bytes())
