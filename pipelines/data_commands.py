@@ -32,9 +32,7 @@ def ingest(
     ],
     format: Annotated[
         str | None,
-        typer.Option(
-            help="folder, table, parquet, cifar, idx, wds, tar or digits. Default: by the content."
-        ),
+        typer.Option(help="folder, table, parquet, cifar, idx, wds, tar or digits. Default: by the content."),
     ] = None,
     image_column: Annotated[
         str | None, typer.Option(help="Column of a table or Parquet with the images. Default: guessed.")

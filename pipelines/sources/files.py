@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from workers.errors import ConfigError, DataError
 from workers.storage import Changed, NotFound, Store, open_store
@@ -70,7 +69,7 @@ def list_files(folder: str, *, follow_links: bool = False) -> Iterator[File]:
     """
     if not is_remote(folder):
         root = Path(folder).absolute()
-        yield from _walk(root, root, follow_links, frozenset())
+        yield from _walk(root, root, follow_links, frozenset({root.resolve()}))
         return
     bucket, _, prefix = folder.removeprefix("s3://").partition("/")
     prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
@@ -190,22 +189,35 @@ class RangedFile(io.RawIOBase):
         return length
 
 
-@functools.lru_cache(maxsize=2)
-def unpacked(where: str, size: int, etag: str) -> BinaryIO:
-    """A gzip file's content as a temporary file without a name, which no kill leaves behind.
+class Unpacked:
+    """A gzip file's content, in a temporary file without a name: no kill leaves it behind. It goes when the
+    last user does, who may be another thread than the one that made it."""
 
-    DataError names the byte of the compressed file at which it ends too early or is damaged.
-    """
-    file = tempfile.TemporaryFile(prefix="vitscale-")  # noqa: SIM115 it lives as long as the cache
-    for piece in gunzip(File(where.rpartition("/")[2], where, size, etag)):
-        if file.tell() + len(piece) > MAX_UNPACKED:
-            raise DataError(
-                f"{where} unpacks to more than {MAX_UNPACKED >> 30} GiB; unpack it by hand (gunzip) and "
-                f"ingest that"
-            )
-        file.write(piece)
-    file.flush()
-    return file
+    def __init__(self, file: File) -> None:
+        self._handle = -1
+        with tempfile.TemporaryFile(prefix="vitscale-") as content:
+            for piece in gunzip(file):
+                if content.tell() + len(piece) > MAX_UNPACKED:
+                    raise DataError(
+                        f"{file.object} unpacks to more than {MAX_UNPACKED >> 20} MiB; unpack it by hand and "
+                        f"ingest that"
+                    )
+                content.write(piece)
+            content.flush()
+            self._handle = os.dup(content.fileno())
+
+    def read(self, start: int, length: int) -> bytes:
+        """Fewer bytes only at the end."""
+        return os.pread(self._handle, length, start)
+
+    def __del__(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+
+
+@functools.lru_cache(maxsize=2)
+def unpacked(where: str, size: int, etag: str) -> Unpacked:
+    return Unpacked(File(where.rpartition("/")[2], where, size, etag))
 
 
 def gunzip(file: File) -> Iterator[bytes]:
@@ -239,7 +251,7 @@ def gunzip(file: File) -> Iterator[bytes]:
 
 
 def read_unpacked(where: str, size: int, etag: str, start: int, length: int) -> bytes:
-    data = os.pread(unpacked(where, size, etag).fileno(), length, start)
+    data = unpacked(where, size, etag).read(start, length)
     if len(data) != length:
         raise DataError(f"{where}: its content ends at byte {start + len(data)}")
     return data

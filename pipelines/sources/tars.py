@@ -1,7 +1,6 @@
 """Tars: WebDataset shards with .cls, .txt or .json labels, and those with members `<name>_<label>.jpg`."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,8 +72,8 @@ def members(file: File) -> Iterator[Member]:
 
 
 def _content(file: File) -> Iterator[bytes]:
-    content, at = unpacked(file.object, file.size, file.etag).fileno(), 0
-    while piece := os.pread(content, PIECE_BYTES, at):
+    content, at = unpacked(file.object, file.size, file.etag), 0
+    while piece := content.read(at, PIECE_BYTES):
         yield piece
         at += len(piece)
 
