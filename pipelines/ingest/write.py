@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from webdataset import TarWriter
-
 from pipelines.ingest.ahead import map_ahead
 from pipelines.ingest.encode import Encoding
 from pipelines.ingest.examine import THREADS, digest_of
@@ -56,6 +54,9 @@ def _fill(tar: HashingFile, spool: BinaryIO, rows: Sequence[Mapping[str, Any]], 
     """What comes before its turn waits in `spool`, so memory holds a few images however large the shard."""
     waiting: dict[int, tuple[int, int, str]] = {}
     due = 0
+    # Here, because it imports torch, 200 MB and 2 s that processes which only examine can do without.
+    from webdataset import TarWriter
+
     with TarWriter(tar, encoder=False, **OWNER) as writer:
 
         def write(place: int, data: bytes, extension: str) -> None:
