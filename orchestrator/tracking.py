@@ -235,9 +235,7 @@ class Drain:
         elif event["kind"] == "epoch":
             values = {f"epochs_proved_{event['source']}": event["epoch"] + 1}
         time_ms = int(event["time"] * 1000)
-        self._points += [
-            Metric(name, value, time_ms, event["images_seen"]) for name, value in values.items()
-        ]
+        self._points += [Metric(name, value, time_ms, event["images_seen"]) for name, value in values.items()]
 
 
 def _check_alive(uri: str) -> None:

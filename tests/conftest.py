@@ -14,7 +14,8 @@ from orchestrator import services as local_services
 from orchestrator.daemons import _ray_folder
 from orchestrator.site import Site
 from pipelines.ingest import ingest
-from workers.data.index import DatasetIndex, build_index
+from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.storage import s3_client
 
 TINY_CLASSES = ("dark", "light")

@@ -17,11 +17,14 @@ import webdataset as wds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.benchmarks.index_scale import SAMPLES_PER_SHARD, simulate
 from tests.conftest import TINY_CLASSES, TINY_SHARDS, make_png, make_tar
 from workers.data import index as index_module
-from workers.data.index import SAMPLE, STORED, DatasetIndex, build_index
+from workers.data.index import SAMPLE, STORED, DatasetIndex, records_key
+from workers.data.indexing import build_index
+from workers.data.proof import id_sum
 from workers.data.tar import BLOCK, MAX_MEMBER_BYTES, samples, split_name, walk
-from workers.errors import DataError
+from workers.errors import ConfigError, DataError
 from workers.storage import FileStore
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -37,6 +40,11 @@ def folder(url: str) -> Path:
 def build(tmp_path: Path, *members: tuple[str, bytes], **options: object) -> DatasetIndex:
     (tmp_path / "s.tar").write_bytes(make_tar(members))
     return build_index(tmp_path.as_uri(), **options)
+
+
+def records_path(index: DatasetIndex, number: int) -> Path:
+    shard = index.shards[number]
+    return folder(index.url) / records_key(index.home, shard.name, shard.records_sha256)
 
 
 def content_end(archive: bytes) -> int:
@@ -276,12 +284,41 @@ def test_records_read_just_the_rows(tiny_index: DatasetIndex, monkeypatch: pytes
     read_range = FileStore.read_range
 
     def spy(self, key, start, length, etag=None):
-        reads.append((key.rpartition("/")[2], start, length))
+        reads.append((key.split("/")[-1].split(".")[0], start, length))
         return read_range(self, key, start, length, etag)
 
     monkeypatch.setattr(FileStore, "read_range", spy)
     tiny_index.records(3, 5)
-    assert reads == [("tiny-0.tar.bin", 192, 128), ("tiny-1.tar.bin", 0, 64), ("tiny-2.tar.bin", 0, 128)]
+    assert reads == [("tiny-0", 192, 128), ("tiny-1", 0, 64), ("tiny-2", 0, 128)]
+    reads.clear()
+    tiny_index.fetch_rows(np.array([0, 2, 9, 12]))
+    assert reads == [("tiny-0", 0, 192), ("tiny-2", 192, 256)]
+    monkeypatch.setattr(index_module, "MAX_GAP_ROWS", 2)
+    reads.clear()
+    tiny_index.fetch_rows(np.array([0, 2, 9, 12]))
+    assert reads == [("tiny-0", 0, 192), ("tiny-2", 192, 64), ("tiny-2", 384, 64)]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 12)))
+def test_rows_of_any_ordinals(tiny_index: DatasetIndex, ordinals: list[int]):
+    numbers, rows = tiny_index.records(0, 13)
+    wanted = np.array(sorted(ordinals), np.int64)
+    found_numbers, found = tiny_index.fetch_rows(wanted)
+    assert (found_numbers.dtype, found.dtype) == (np.int32, SAMPLE)
+    assert found.tobytes() == rows[wanted].tobytes()
+    assert found_numbers.tolist() == numbers[wanted].tolist()
+    anyhow = np.array(ordinals, np.int64)
+    shards, places = tiny_index.locate(anyhow)
+    firsts = np.array([shard.first for shard in tiny_index.shards])
+    assert (firsts[shards] + places).tolist() == ordinals
+
+
+@pytest.mark.parametrize("ordinal", [-1, 13])
+def test_ordinals_beyond_the_data_set(tiny_index: DatasetIndex, ordinal: int):
+    for read in (tiny_index.locate, tiny_index.fetch_rows):
+        with pytest.raises(IndexError):
+            read(np.array([0, ordinal]))
 
 
 def test_fingerprint_is_of_content_not_of_place(tiny_index: DatasetIndex, tiny_url: str, tmp_path: Path):
@@ -302,7 +339,7 @@ def test_fingerprint_is_of_content_not_of_place(tiny_index: DatasetIndex, tiny_u
 def test_fingerprint_never_changes_between_versions(tmp_path: Path):
     """Runs and checkpoints of earlier versions name it."""
     index = build(tmp_path, ("a.jpg", b"A"), ("a.cls", b"1"), ("b.cls", b"0"), ("b.webp", b"B"))
-    assert index.fingerprint == "1268d985d415a71bf3b15772b9f849e129052b08f6eef31f246bd6f869a30504"
+    assert index.fingerprint == "2b044e2b01afcebd4903c068bf4a96c6abf9efaedb64edc52ea827b143c7aad0"
 
 
 def test_a_pickle_in_a_shard_runs_nothing(tmp_path: Path):
@@ -347,8 +384,8 @@ def test_unchanged_shards_are_not_read_again(tiny_url: str, monkeypatch: pytest.
     assert reads == []
 
     root = folder(tiny_url)
-    (root / "_vitscale/samples/tiny-2.tar.bin").unlink()
-    (root / "_vitscale/samples/tiny-0.tar.bin").write_bytes(bytes(5 * STORED.itemsize))
+    records_path(first, 2).unlink()
+    records_path(first, 0).write_bytes(bytes(5 * STORED.itemsize))
     (root / "tiny-1.tar").write_bytes(
         make_tar([("z.cls", b"1"), ("z.jpg", b"?"), ("y.jpg", b"?"), ("y.cls", b"0")])
     )
@@ -369,9 +406,14 @@ def test_without_class_names_each_label_is_its_own(tmp_path: Path):
     assert build(tmp_path, ("a.cls", b"4"), ("a.jpg", b"?")).classes == ("0", "1", "2", "3", "4")
 
 
-def test_class_names_survive_a_lost_shard_table(tiny_index: DatasetIndex, tiny_url: str):
-    (folder(tiny_url) / "_vitscale/shards.parquet").unlink()
-    assert build_index(tiny_url) == tiny_index
+def test_class_names_survive_a_lost_shard_table(
+    tiny_index: DatasetIndex, tiny_url: str, caplog: pytest.LogCaptureFixture
+):
+    (table,) = folder(tiny_url).glob("_vitscale/shards/*.parquet")
+    table.unlink()
+    with caplog.at_level("WARNING"):
+        assert build_index(tiny_url) == tiny_index
+    assert "reading all shards again" in caplog.text
 
 
 IMAGE = ("a.jpg", b"?")
@@ -384,10 +426,10 @@ IMAGE = ("a.jpg", b"?")
         ([("img.0001.jpg", b"?"), ("img.0002.jpg", b"?")], "'img' has 0 images.*0001.jpg, 0002.jpg"),
         ([IMAGE, ("a.png", b"?"), ("a.cls", b"0")], "sample 'a' has 2 images"),
         ([IMAGE], "sample 'a' has no label, expected a .cls file; its extensions are jpg"),
-        ([IMAGE, ("a.cls", b"cat")], "sample 'a' has the label 'cat', expected an integer"),
-        ([IMAGE, ("a.cls", b"")], "sample 'a' has the label '', expected an integer"),
+        ([IMAGE, ("a.cls", b"cat")], "sample 'a' has the label 'cat', which is none of the 2 classes"),
+        ([IMAGE, ("a.cls", b"")], "sample 'a' has the label '', expected an integer or a class name"),
         ([IMAGE, ("a.cls", b"1.0")], "sample 'a' has the label '1.0'"),
-        ([IMAGE, ("a.cls", b"0" * 40)], "sample 'a' has the label '000"),
+        ([IMAGE, ("a.cls", b"0" * 40)], "sample 'a' has the label 0000000.*, outside the classes 0 to 1"),
         ([IMAGE, ("a.cls", "²".encode())], "sample 'a' has the label"),
         ([IMAGE, ("a.cls", b"-1")], "sample 'a' has the label -1, outside the classes 0 to 1"),
         ([IMAGE, ("a.cls", b"2")], "sample 'a' has the label 2, outside the classes 0 to 1"),
@@ -417,7 +459,7 @@ def test_nothing_to_index(store_url: str, tmp_path: Path):
         build_index(store_url)
     with pytest.raises(DataError, match="hold no samples"):
         build(tmp_path, ("README", b"hello"))
-    with pytest.raises(DataError, match="distinct names"):
+    with pytest.raises(ConfigError, match="distinct names"):
         build_index(tmp_path.as_uri(), classes=("a", "a"))
 
 
@@ -432,14 +474,14 @@ def test_an_empty_shard_amid_others(tiny_url: str):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(byte=st.integers(0, 5 * STORED.itemsize - 1), flip=st.integers(1, 255))
 def test_a_damaged_row_is_refused(tiny_index: DatasetIndex, tiny_url: str, byte: int, flip: int):
-    path = folder(tiny_url) / "_vitscale/samples/tiny-0.tar.bin"
+    path = records_path(tiny_index, 0)
     whole = path.read_bytes()
     damaged = bytearray(whole)
     damaged[byte] ^= flip
     path.write_bytes(damaged)
     row = byte // STORED.itemsize
     try:
-        with pytest.raises(DataError, match=f"tiny-0.tar.bin: row {row} is damaged; run `vitscale index"):
+        with pytest.raises(DataError, match=f"{path.name}: row {row} is damaged; run `vitscale index"):
             tiny_index.records(0, 13)
         tiny_index.records(row + 1, 12 - row)
     finally:
@@ -447,16 +489,16 @@ def test_a_damaged_row_is_refused(tiny_index: DatasetIndex, tiny_url: str, byte:
 
 
 def test_rows_of_another_place_or_shard_are_refused(tiny_index: DatasetIndex, tiny_url: str):
-    rows = folder(tiny_url) / "_vitscale/samples"
-    whole = (rows / "tiny-0.tar.bin").read_bytes()
+    first, second = records_path(tiny_index, 0), records_path(tiny_index, 1)
+    whole = first.read_bytes()
     width = STORED.itemsize
-    (rows / "tiny-0.tar.bin").write_bytes(whole[width : 2 * width] + whole[:width] + whole[2 * width :])
+    first.write_bytes(whole[width : 2 * width] + whole[:width] + whole[2 * width :])
     with pytest.raises(DataError, match="row 0 is damaged"):
         tiny_index.records(0, 5)
-    (rows / "tiny-1.tar.bin").write_bytes(whole[:width])
+    second.write_bytes(whole[:width])
     with pytest.raises(DataError, match="row 0 is damaged"):
         tiny_index.records(5, 1)
-    (rows / "tiny-1.tar.bin").write_bytes(b"")
+    second.write_bytes(b"")
     with pytest.raises(DataError, match="truncated"):
         tiny_index.records(5, 1)
 
@@ -465,25 +507,32 @@ def test_an_index_that_cannot_be_trusted(tiny_index: DatasetIndex, tiny_url: str
     with pytest.raises(DataError, match=f"{store_url} is not indexed: .*run `vitscale index {store_url}`"):
         DatasetIndex.open(store_url)
     path = folder(tiny_url) / "_vitscale/index.json"
-    table = folder(tiny_url) / "_vitscale/shards.parquet"
+    (table,) = folder(tiny_url).glob("_vitscale/shards/*.parquet")
     whole, header = table.read_bytes(), json.loads(path.read_text())
     for text in ("", "[]", "null", "{}", '{"format": "x"}', "\xff"):
         path.write_text(text, "latin-1")
         with pytest.raises(DataError, match=r"index.json is damaged; run `vitscale index"):
             DatasetIndex.open(tiny_url)
-    path.write_text('{"format": 1}')
-    with pytest.raises(DataError, match=r"index.json lacks classes, fingerprint, shards_sha256"):
+    path.write_text(json.dumps({"format": 2, "fingerprint": "f", "classes": ["a"], "label": 3}))
+    with pytest.raises(
+        DataError, match=r"index.json lacks named, given, image_key, label, num_shards, pieces"
+    ):
         DatasetIndex.open(tiny_url)
-    path.write_text(json.dumps({**header, "classes": ["light", "dark"]}))
-    with pytest.raises(DataError, match=r"index.json is damaged"):
-        DatasetIndex.open(tiny_url)
+    for field, value in {"classes": ["light", "dark"], "num_shards": 2, "fingerprint": "0" * 64}.items():
+        path.write_text(json.dumps({**header, field: value}))
+        with pytest.raises(DataError, match=r"(index.json is damaged|expected 2); run `vitscale index"):
+            DatasetIndex.open(tiny_url)
+    for field, value in {"pieces": [], "num_shards": 1 << 60}.items():
+        path.write_text(json.dumps({**header, field: value}))
+        with pytest.raises(DataError, match=r"pieces of \d+ shards; run `vitscale index"):
+            DatasetIndex.open(tiny_url)
     path.write_text(json.dumps(header))
     for data in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
         table.write_bytes(data)
-        with pytest.raises(DataError, match=r"shards.parquet is not what _vitscale/index.json says"):
+        with pytest.raises(DataError, match=r"\.parquet is damaged; run `vitscale index"):
             DatasetIndex.open(tiny_url)
     table.unlink()
-    with pytest.raises(DataError, match=r"shards.parquet"):
+    with pytest.raises(DataError, match=r"\.parquet is missing; run `vitscale index"):
         DatasetIndex.open(tiny_url)
 
 
@@ -492,9 +541,41 @@ def test_a_newer_format_is_neither_read_nor_overwritten(tiny_index: DatasetIndex
     newer = json.dumps({**json.loads(path.read_text()), "format": index_module.FORMAT + 1})
     path.write_text(newer)
     for action in (DatasetIndex.open, build_index):
-        with pytest.raises(DataError, match="has format 2, this version reads 1; update vitscale"):
+        with pytest.raises(DataError, match="has format 3, this version reads 2; update vitscale"):
             action(tiny_url)
     assert path.read_text() == newer
+
+
+def test_an_old_format_is_to_be_indexed_anew(tiny_index: DatasetIndex, tiny_url: str):
+    path = folder(tiny_url) / "_vitscale/index.json"
+    path.write_text('{"format": 1, "fingerprint": "", "classes": ["a"], "shards_sha256": ""}')
+    with pytest.raises(DataError, match=f"has the old format 1; run `vitscale index {tiny_url}`"):
+        DatasetIndex.open(tiny_url)
+    assert build_index(tiny_url, classes=TINY_CLASSES) == tiny_index == DatasetIndex.open(tiny_url)
+
+
+def test_the_sum_of_ids_is_of_all_samples(tiny_index: DatasetIndex, tiny_url: str):
+    opened = DatasetIndex.open(tiny_url)
+    assert opened.id_sum == tiny_index.id_sum == id_sum(opened.records(0, 13)[1]["id"])
+
+
+def test_50_000_shards_there_and_back(tmp_path: Path):
+    """Only their table; 70,000 take two pieces of it."""
+    for count in (50_000, 70_000):
+        simulate((tmp_path / str(count)).as_uri(), count)
+        index = DatasetIndex.open((tmp_path / str(count)).as_uri())
+        assert (len(index.shards), index.num_samples) == (count, count * SAMPLES_PER_SHARD)
+        last = index.shards[-1]
+        assert last.name == f"train-{count - 1:06d}-of-{count:06d}.tar"
+        assert last == index.shards[count - 1] == index.shards[-1:][0]
+        assert (last.first, last.num_samples) == ((count - 1) * SAMPLES_PER_SHARD, SAMPLES_PER_SHARD)
+        assert (len(last.sha256), len(last.records_sha256)) == (64, 64)
+        names = list(index.shards.names)
+        assert names == sorted(set(names)) and len(names) == count
+        numbers, rows = index.locate(np.array([0, 9_999, 10_000, index.num_samples - 1]))
+        assert (numbers.tolist(), rows.tolist()) == ([0, 0, 1, count - 1], [0, 9_999, 0, 9_999])
+        with pytest.raises(IndexError):
+            index.shards[count]
 
 
 def test_an_interrupted_build_leaves_no_index(tiny_url: str):

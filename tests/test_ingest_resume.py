@@ -139,14 +139,17 @@ def test_a_process_that_is_killed_is_told_and_the_next_attempt_goes_on(
     os.kill(workers[0], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     if process.returncode:  # else all shards were given out already
-        assert "DataError: a process of the ingest was killed (too little memory?" in error.decode()
+        assert (
+            "DataError: a process that was reading shards died (out of memory?); run it again"
+            in error.decode()
+        )
     ingest(noise, root.as_uri(), shard_bytes=SHARD_BYTES)
     assert results(root.as_uri()) == results(undisturbed)
 
 
 def test_an_error_in_a_process_is_raised_here(noise: Path, tmp_path: Path) -> None:
     url = (tmp_path / "out").as_uri()
-    with pytest.raises(DataError, match="no object .*out/_vitscale/ingest/x/listed/000000.parquet"):
+    with pytest.raises(DataError, match=r"no object .*out/_vitscale/ingest/x/listed/00000[01]\.parquet"):
         processes.map_in_processes("examine", [[url, "x", 0], [url, "x", 1]], 2, lambda images: None)
 
 
@@ -248,7 +251,9 @@ def test_s3_gives_what_the_disk_gives(s3: str, photos: Callable[..., Path], tmp_
     open_store(source).write("labels.csv", f"image,label\n{table}".encode())
     named = ingest(f"{source}/labels.csv", f"{s3}/table")
     assert set(read_shards(named.train_url)) == set(read_shards(report.train_url))
-    with pytest.raises(DataError, match="labels.csv names 1 files that are not there:\n  line 2: cat/99.png"):
+    with pytest.raises(
+        DataError, match=r"labels\.csv names 1 files that are not there:\n  line 2: cat/99\.png"
+    ):
         open_store(source).write("labels.csv", b"image,label\ncat/99.png,a\n")
         ingest(f"{source}/labels.csv", f"{s3}/no")
 

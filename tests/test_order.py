@@ -152,7 +152,7 @@ def test_permutations_of_a_few_chunks_are_about_uniform():
 def test_ranks_partition_the_positions_for_every_world_size(order, start, count, data):
     world_size = data.draw(st.integers(1, order.lanes))
     positions = range(start, start + count)
-    shares = [order.owned(positions, rank, world_size).tolist() for rank in range(world_size)]
+    shares = [order.owned(positions, order.slots(rank, world_size)).tolist() for rank in range(world_size)]
     assert sorted(itertools.chain(*shares)) == list(positions)
     assert all(share == sorted(share) for share in shares)
     most = -(-order.lanes // world_size)
@@ -170,7 +170,7 @@ def test_global_batches_are_the_same_for_all_world_sizes(num_samples, chunk, win
         span = range(step * size, (step + 1) * size)
         alone = order.samples(np.array(span))
         for world_size in (1, 2, 3, 4, 5, 6, 7, 8, 12):
-            shares = [order.owned(span, rank, world_size) for rank in range(world_size)]
+            shares = [order.owned(span, order.slots(rank, world_size)) for rank in range(world_size)]
             together = np.concatenate(shares)
             assert np.array_equal(alone, order.samples(together)[np.argsort(together)])
     epoch = np.arange(num_samples)

@@ -9,7 +9,7 @@ import pytest
 from pipelines.recipes import RECIPES, DataFacts, fine_tune, read_facts
 from tests.conftest import TINY_CLASSES, make_png, make_tar
 from workers.config import InitConfig, RunConfig, make_config
-from workers.data.index import build_index
+from workers.data.indexing import build_index
 from workers.errors import ConfigError, DataError
 from workers.storage import join_url, open_store
 

@@ -276,7 +276,7 @@ def test_a_class_map_gives_the_numbers(photos: Callable[..., Path], tmp_path: Pa
     assert {(data, (2, 0)[label]) for data, label in read_shards(first.train_url)} == set(
         read_shards(report.train_url)
     )
-    for text in ('["dog", "bird", "cat"]', "0 dog\n1 bird\n2 cat\n"):
+    for text in ('["dog", "bird", "cat"]', "0 dog\n1 bird\n2 cat\n", "dog\nbird\ncat\n"):
         (tmp_path / "map.json").write_text(text)
         assert ingest(root, (tmp_path / "b").as_uri(), class_map=tmp_path / "map.json") == report
     for text, kind, reason in (

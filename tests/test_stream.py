@@ -17,11 +17,10 @@ import webdataset as wds
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 import workers.data.samples
-import workers.data.stream
-import workers.storage
+import workers.files
 from tests.conftest import make_png, make_tar
 from workers.config import AugmentConfig
-from workers.data.index import build_index
+from workers.data.indexing import build_index
 from workers.data.lookahead import READERS
 from workers.data.mixture import Source
 from workers.data.order import Order
@@ -30,7 +29,7 @@ from workers.data.samples import SampleReader, StageTimes
 from workers.data.stream import TrainStream, validation_batches
 from workers.data.subset import build_subset, choose
 from workers.errors import ConfigError, DataError
-from workers.storage import FileStore, open_store
+from workers.storage import FileStore
 
 NUM_SAMPLES = 301
 SHARDS = (97, 1, 150, 53)
@@ -94,7 +93,7 @@ def make_stream(
 
 
 def read_all(data):
-    reader = SampleReader(data, open_store(data.url), StageTimes())
+    reader = SampleReader(data, StageTimes())
     return reader, reader.read(np.arange(data.num_samples))
 
 
@@ -157,7 +156,7 @@ class Watch:
         self.stores = []
         self.num_damaged, self.is_open = 0, True
 
-    def open_store(self, url):
+    def open_store(self, url, stopped):
         self.stores.append(Watched(url, self.num_damaged, self.is_open))
         return self.stores[-1]
 
@@ -166,7 +165,7 @@ class Watch:
 def watch(monkeypatch):
     """Streams made from here on read through its `stores`, one each, and read no gaps."""
     watch = Watch()
-    monkeypatch.setattr(workers.data.stream, "open_store", watch.open_store)
+    monkeypatch.setattr(workers.data.samples, "open_store", watch.open_store)
     monkeypatch.setattr(workers.data.samples, "MAX_GAP_BYTES", 0)
     return watch
 
@@ -417,18 +416,18 @@ def test_an_image_that_is_none_is_named_by_shard_and_key(tmp_path):
         list(validate(index, decode_threads=2))
 
 
-def damaged_shards(root):
-    """Sample 13 is no image, the bytes of 47 are not those that were indexed, shard s2 ends after 75."""
+def damaged_shards(root, *, cut=True):
+    """Sample 13 is no image, the bytes of 47 are not those that were indexed, shard s2 may end after 75."""
 
     def image(number):
         return b"not an image" if number == 13 else make_png(number)
 
     index = build_index(write_shards(root, (40, 30, 30), image))
     rows = index.records(0, 100)[1]
-    for name, ordinal, cut in (("s1.tar", 47, False), ("s2.tar", 75, True)):
+    for name, ordinal in (("s1.tar", 47), ("s2.tar", 75))[: 1 + cut]:
         path = shard_path(index, name)
         stat, data = path.stat(), bytearray(path.read_bytes())
-        if cut:
+        if ordinal == 75:
             data = data[: int(rows["offset"][ordinal] + rows["size"][ordinal])]
         else:
             data[int(rows["image_offset"][ordinal]) + 30] ^= 4
@@ -440,7 +439,7 @@ def damaged_shards(root):
 @pytest.fixture
 def damaged_index(tmp_path, monkeypatch):
     # A file's etag holds its size; a store that has lost bytes still gives the old one.
-    monkeypatch.setattr(workers.storage, "_file_etag", lambda found: f"{found.st_mtime_ns:x}")
+    monkeypatch.setattr(workers.files, "_etag", lambda found: f"{found.st_mtime_ns:x}")
     return damaged_shards(tmp_path / "damaged")
 
 
@@ -552,6 +551,55 @@ def test_sources_are_mixed_in_fixed_numbers_each_without_replacement(index, own_
     one = batches(1)
     for world_size in (2, 4):
         assert batches(world_size) == one
+
+
+@pytest.mark.parametrize(("world_size", "readers"), [(1, 1), (1, 3), (1, 4), (2, 2)])
+def test_reader_processes_make_the_same_batches(index, own_index, world_size, readers):
+    """Of two sources, with padding, and with the same proof."""
+
+    def batches(readers):
+        for rank in range(world_size):
+            sources = [make_source(index, batch_size=8), make_source(own_index, batch_size=4)]
+            stream = make_stream(sources, rank=rank, world_size=world_size, start_step=9, readers=readers)
+            yield from take(stream, 20)
+            yield sources[0].tally.part(0), sources[1].tally.part(1)
+            assert stream.times.take().decode > 0
+
+    for one, other in zip(batches(0), batches(readers), strict=True):
+        assert one == other if isinstance(one, tuple) else same(one, other)
+
+
+def test_reader_processes_tell_of_bad_samples(tmp_path):
+    damaged_index = damaged_shards(tmp_path / "damaged", cut=False)
+    ledgers = []
+    for readers in (0, 2):
+        source = make_source(damaged_index, max_bad_fraction=0.3)
+        take(make_stream([source], readers=readers), 9)
+        ledgers.append(source.ledger.entries())
+    assert ledgers[0] == ledgers[1] and [bad.ordinal for bad in ledgers[1]] == [13, 47]
+    stream = make_stream(damaged_index, max_bad_fraction=0.01, readers=2)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"2 of 100 samples cannot be used, .* 0\.01 allows 1"):
+            for _ in range(9):
+                next(stream)
+    stream.close()
+
+
+def test_a_killed_reader_process_is_told(index):
+    stream = make_stream(index, readers=2)
+    next(stream)
+    stream._batches._processes[1].kill()
+    with pytest.raises(DataError, match=r"a reader process ended with exit code -9 \(killed"):
+        for _ in range(9):
+            next(stream)
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_more_reader_processes_than_lanes_are_refused(index):
+    with pytest.raises(ConfigError, match=r"compute\.readers 3: this worker has 2 of the data\.lanes"):
+        make_stream(index, world_size=2, readers=3)
 
 
 def vitscale_threads():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import workers.data.subset
 from tests.conftest import make_png, make_tar
-from workers.data.index import build_index
+from workers.data.indexing import build_index
 from workers.data.proof import id_sum
 from workers.data.subset import (
     Subset,

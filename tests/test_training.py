@@ -29,7 +29,8 @@ from tests.runs import (
     train_rank,
 )
 from workers.config import InitConfig, make_config, override
-from workers.data.index import DatasetIndex, build_index
+from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.data.mixture import Source
 from workers.data.stream import TrainStream
 from workers.errors import CheckpointError, ConfigError, DataError

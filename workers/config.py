@@ -112,6 +112,11 @@ class DataConfig(Part):
     fingerprint: str | None = None
     """Filled in from the index when a run is made; identifies the data wherever it lies."""
     validation_fingerprint: str | None = None
+    image_key: str | None = None
+    """Extensions of a sample's image, such as "jpg;png"; None: as the data was indexed. Otherwise the index
+    must say the same."""
+    label: str | None = None
+    """Where labels are: cls, txt, json:FIELD, key:REGEX or none; None and otherwise as for image_key."""
     subset: int | None = Field(default=None, gt=0)
     """Train on the first so many samples of a seeded permutation; nested across sizes."""
     subset_seed: int = 0
@@ -169,6 +174,9 @@ class ComputeConfig(Part):
     microbatch_size: int | None = Field(default=None, gt=0)
     """Images per forward and rank; None: a rank's whole share of the global batch."""
     prefetch_batches: int = Field(default=4, gt=0)
+    readers: int = Field(default=0, ge=0)
+    """Processes per worker that read and decode, each some of its lanes; 0: threads of the worker itself.
+    Several cores per GPU want some: one process can use about eight."""
     prefetch_bytes: int = Field(default=256 << 20, gt=0)
     """Of samples that a worker reads ahead; the window of each of its lanes in any case."""
     cache_directory: str | None = None
@@ -215,6 +223,8 @@ class RunConfig(Part):
         for source in identity["data"]["mix"]:
             if source["fingerprint"] is not None:
                 source.pop("url")
+        for layout in ("image_key", "label"):  # checks: what they say is in the index, and its fingerprint
+            identity["data"].pop(layout)
         if self.init is not None:
             identity["init"] = {"digest": self.init.digest, "new_head": self.init.new_head}
         for interval in ("log_every_images", "checkpoint_every_images", "eval_every_images"):
@@ -329,14 +339,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _hint(path: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    """The field that was meant: one of the same group with a like name, or of that name elsewhere."""
+    """The field that was meant: of that name elsewhere, or one of the same group with a like name."""
     *group, name = path
     model = root
     for part in group:
         if isinstance(part, str):
             model = _groups(model)[part]
     near = difflib.get_close_matches(str(name), model.model_fields, n=1)
-    meant = [".".join(str(part) for part in (*group, *near))] if near else _find(root, str(name))
+    meant = _find(root, str(name)) or [".".join(str(part) for part in (*group, like)) for like in near]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(model.model_fields)}"
 
 

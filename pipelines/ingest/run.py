@@ -24,7 +24,8 @@ from pipelines.ingest.report import IngestReport
 from pipelines.ingest.work import CLASSES, Marker, Work, clean, from_bytes, read_marker, rows_of, to_bytes
 from pipelines.sources import Item, Source, SourceOptions, open_source
 from pipelines.sources.items import read_class_map
-from workers.data.index import DatasetIndex, build_index
+from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.errors import ConfigError, DataError
 from workers.storage import Store, join_url, open_store
 

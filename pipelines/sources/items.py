@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from workers.data.layout import check_classes
 from workers.errors import ConfigError, DataError
 
 FILE = "file"
@@ -186,13 +187,16 @@ def parse_label(text: str) -> str | int:
 
 
 def read_class_map(path: Path) -> dict[str, int]:
-    """Names to numbers: JSON as ingest writes it (`{"cat": 0}`), a JSON list, or lines `0 cat`."""
+    """Names to numbers: JSON as ingest writes it (`{"cat": 0}`), a JSON list, lines `0 cat`, or `cat`."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"class map {path} cannot be read: {error}") from error
     if text.lstrip()[:1] not in ("{", "["):
-        return {name: number for number, name in enumerate(read_class_lines(path, text))}
+        lines = text.split("\n") if not text.startswith("0 ") else read_class_lines(path, text)
+        names = [line.strip() for line in lines if line.strip()]
+        check_classes(names, f"class map {path}")
+        return {name: number for number, name in enumerate(names)}
     try:
         values = json.loads(text)
     except ValueError as error:

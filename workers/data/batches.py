@@ -1,11 +1,12 @@
 """Samples to batches: decode, augment, put substitutes in the place of bad samples, collate."""
 
 import concurrent.futures
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -48,49 +49,64 @@ class Row(NamedTuple):
     decoder: "Decoder"
 
 
-class Assembler:
-    """Rows to batches, in so many threads."""
+class Arrays:
+    """The memory of a batch of `size` rows: its own, or a part of a buffer that processes share."""
 
-    def __init__(self, image_size: int, channels: Literal[1, 3], threads: int, times: StageTimes) -> None:
-        self._shape = (channels, image_size, image_size)
+    def __init__(self, size: int, shape: tuple[int, int, int], buffer: memoryview | None = None) -> None:
+        """`shape` of an image."""
+        memory = memoryview(bytearray(self.num_bytes(size, shape))) if buffer is None else buffer
+        start = size * math.prod(shape)
+        self.images = np.frombuffer(memory[:start], np.uint8).reshape(size, *shape)
+        wide = [memory[start + 8 * size * nth :][: 8 * size] for nth in range(4)]
+        self.labels, self.slots = (np.frombuffer(part, np.int64) for part in wide[:2])
+        self.ids, self.weights = np.frombuffer(wide[2], np.uint64), np.frombuffer(wide[3], np.float64)
+
+    @staticmethod
+    def num_bytes(size: int, shape: tuple[int, int, int]) -> int:
+        return size * (math.prod(shape) + 4 * 8)
+
+    def batch(self, num_real: int) -> Batch:
+        """Padded after so many rows. Shares this memory."""
+        for array in (self.images, self.labels, self.ids, self.slots):
+            array[num_real:] = array[0] if num_real else 0
+        self.weights[num_real:] = 0
+        return Batch(
+            images=torch.from_numpy(self.images),
+            labels=torch.from_numpy(self.labels),
+            weights=torch.from_numpy(self.weights).float(),
+            slots=torch.from_numpy(self.slots),
+            ids=self.ids,
+            num_real=num_real,
+        )
+
+
+class Assembler:
+    """Rows to the arrays of a batch, in so many threads."""
+
+    def __init__(self, threads: int, times: StageTimes) -> None:
         self._threads = threads
         self._times = times
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "vitscale-decode")
+        self._pool = single_threaded(threads, "vitscale-decode")
 
-    def batch(self, rows: Sequence[Row], size: int) -> Batch:
-        """Padded to `size` rows."""
-        num_real = len(rows)
-        images = np.empty((size, *self._shape), np.uint8)
-        labels, ids = np.zeros(size, np.int64), np.zeros(size, np.uint64)
-        slots, weights = np.zeros(size, np.int64), np.zeros(size, np.float32)
-        ids[:num_real] = [row.raw.id for row in rows]
-        slots[:num_real] = [row.slot for row in rows]
-        weights[:num_real] = 1
+    def fill(self, arrays: Arrays, rows: Sequence[Row], places: Sequence[int]) -> None:
+        """Each row at its place."""
 
         def fill(first: int) -> None:
             times = DecodeTimes()
-            for at in range(first, num_real, self._threads):
-                label = rows[at].decoder.decode(rows[at], images[at], times)
+            for at in range(first, len(rows), self._threads):
+                row, place = rows[at], places[at]
+                label = row.decoder.decode(row, arrays.images[place], times)
                 if label is None:
-                    images[at], labels[at], weights[at] = 0, 0, 0
-                else:
-                    labels[at] = label
+                    arrays.images[place] = 0
+                arrays.labels[place] = label or 0
+                arrays.weights[place] = label is not None
+                arrays.ids[place], arrays.slots[place] = row.raw.id, row.slot
             self._times.add(decode=times.decode, augment=times.augment)
 
         if self._threads == 1:
             fill(0)
         else:
             deque(self._pool.map(fill, range(self._threads)), maxlen=0)
-        for array in (images, labels, ids, slots):
-            array[num_real:] = array[0] if num_real else 0
-        return Batch(
-            images=torch.from_numpy(images),
-            labels=torch.from_numpy(labels),
-            weights=torch.from_numpy(weights),
-            slots=torch.from_numpy(slots),
-            ids=ids,
-            num_real=num_real,
-        )
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -148,7 +164,7 @@ class Background:
     def __init__(self, batches: Iterator[Batch], depth: int, times: StageTimes) -> None:
         self._batches = batches
         self._times = times
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "vitscale-batch")
+        self._pool = single_threaded(1, "vitscale-batch")
         self._ahead = deque(self._pool.submit(next, batches) for _ in range(depth))
 
     def __iter__(self) -> Self:
@@ -167,3 +183,10 @@ class Background:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._ahead.clear()
+
+
+def single_threaded(threads: int, name: str) -> concurrent.futures.ThreadPoolExecutor:
+    """Threads in which torch's own operations use no others: those are for the model."""
+    return concurrent.futures.ThreadPoolExecutor(
+        threads, name, initializer=torch.set_num_threads, initargs=(1,)
+    )

@@ -30,12 +30,12 @@ class Load:
     """Ascending."""
 
 
-def train_loads(order: Order, position: int, rank: int, world_size: int, mean_bytes: float) -> Iterator[Load]:
-    """All that the rank needs from `position` on, in the order of need."""
+def train_loads(order: Order, position: int, slots: range, mean_bytes: float) -> Iterator[Load]:
+    """All that the owner of these slots needs from `position` on, in the order of need."""
     size = max(order.chunk_samples, int(LOAD_BYTES / mean_bytes))
     for number, block in enumerate(order.blocks(position)):
         first = max(block.start, position)
-        positions = order.owned(range(first, block.stop), rank, world_size)
+        positions = order.owned(range(first, block.stop), slots)
         ordinals = order.samples(positions)
         ascending = np.argsort(ordinals)
         for start in range(0, len(ascending), size):

@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from workers.data.index import DatasetIndex
 from workers.data.order import Order, Positions
 from workers.data.proof import EpochTally
 from workers.data.quarantine import Ledger
-from workers.data.samples import Samples
+from workers.data.subset import Subset
 from workers.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Source:
-    data: Samples
+    data: DatasetIndex | Subset
     order: Order
     count: int
     """Samples of each global batch, a multiple of the order's lanes."""
@@ -27,7 +28,7 @@ class Source:
     """Of what was delivered of the epoch."""
 
     @classmethod
-    def of(cls, data: Samples, order: Order, count: int, *, max_bad_fraction: float) -> Self:
+    def of(cls, data: DatasetIndex | Subset, order: Order, count: int, *, max_bad_fraction: float) -> Self:
         ledger = Ledger(data.num_samples, max_bad_fraction)
         return cls(data, order, count, ledger, EpochTally(data.num_samples, data.id_sum))
 
@@ -54,13 +55,40 @@ class Source:
                 "resume with the saved weights and batch size, or start a new run"
             )
 
-    def owned(self, step: int, rank: int, world_size: int) -> Positions:
-        """Positions that the rank contributes to global batch `step`, ascending."""
-        return self.order.owned(range(step * self.count, (step + 1) * self.count), rank, world_size)
+    def owned(self, step: int, slots: range) -> Positions:
+        """Positions of global batch `step` that the owner of these slots contributes, ascending."""
+        return self.order.owned(range(step * self.count, (step + 1) * self.count), slots)
 
     def share(self, world_size: int) -> int:
         """The most samples that one rank contributes to a global batch."""
         return self.count // self.order.lanes * -(-self.order.lanes // world_size)
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """What another process needs to have the same source, as plain values."""
+    data = source.data
+    part = None
+    if isinstance(data, Subset):
+        facts = data.facts
+        part = {"n": facts.num_samples, "seed": facts.seed, "stratified": facts.stratified}
+    index = data.index if isinstance(data, Subset) else data
+    return {
+        "url": index.source,
+        "subset": part,
+        "order": source.order.identity(),
+        "count": source.count,
+        "max_bad_fraction": source.ledger.max_fraction,
+    }
+
+
+def restore(values: Mapping[str, Any]) -> Source:
+    """DataError if the data is not what it was."""
+    index = DatasetIndex.open(values["url"])
+    data = Subset.open(index, **values["subset"]) if values["subset"] else index
+    order = Order(**values["order"])
+    if data.fingerprint != order.fingerprint:
+        raise DataError(f"{values['url']} changed since this run began; restore it")
+    return Source.of(data, order, values["count"], max_bad_fraction=values["max_bad_fraction"])
 
 
 def share_out(weights: Sequence[float], global_batch_size: int, lanes: int) -> list[int]:

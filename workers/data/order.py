@@ -104,9 +104,8 @@ class Order:
             )
         return range(rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size)
 
-    def owned(self, positions: range, rank: int, world_size: int) -> Positions:
-        """Those of consecutive positions that the rank owns, ascending."""
-        slots = self.slots(rank, world_size)
+    def owned(self, positions: range, slots: range) -> Positions:
+        """Those of consecutive positions that the owner of these slots has, ascending."""
         every = np.arange(positions.start, positions.stop, dtype=np.int64)
         slot = every % self.lanes
         return every[(slot >= slots.start) & (slot < slots.stop)]

@@ -41,8 +41,9 @@ class Ledger:
     def __init__(self, num_samples: int, max_fraction: float) -> None:
         self._limit = math.floor(max_fraction * num_samples)
         self._num_samples = num_samples
-        self._max_fraction = max_fraction
+        self.max_fraction = max_fraction
         self._entries: dict[int, BadSample] = {}
+        self._new: list[BadSample] = []
         self._lock = threading.Lock()
 
     def __contains__(self, ordinal: int) -> bool:
@@ -52,9 +53,17 @@ class Ledger:
         """DataError if there are too many now."""
         with self._lock:
             for sample in bad:
-                self._entries.setdefault(sample.ordinal, sample)
+                if sample.ordinal not in self._entries:
+                    self._entries[sample.ordinal] = sample
+                    self._new.append(sample)
             if len(self._entries) > self._limit:
                 raise DataError(self._too_many())
+
+    def take_new(self) -> list[BadSample]:
+        """Those that came since the last call."""
+        with self._lock:
+            taken, self._new = self._new, []
+        return taken
 
     def entries(self) -> list[BadSample]:
         """By ordinal."""
@@ -64,12 +73,12 @@ class Ledger:
     def _too_many(self) -> str:
         lines = [f"{bad.url}/{bad.shard}: sample {bad.key!r}: {bad.reason}" for bad in self._entries.values()]
         if len(lines) == 1:
-            return f"{lines[0]} (data.max_bad_fraction {self._max_fraction} allows no bad sample)"
+            return f"{lines[0]} (data.max_bad_fraction {self.max_fraction} allows no bad sample)"
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         return "\n  ".join(
             [
                 f"{len(lines)} of {self._num_samples} samples cannot be used, data.max_bad_fraction "
-                f"{self._max_fraction} allows {self._limit}; `vitscale verify` lists all:",
+                f"{self.max_fraction} allows {self._limit}; `vitscale verify` lists all:",
                 *lines[:SHOWN],
                 *more,
             ]

@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from workers.data.index import Shard
+from workers.cache import CachedStore
 from workers.data.order import Positions
+from workers.data.shards import Shard
 from workers.data.tar import split_name, walk
 from workers.errors import DataError
-from workers.storage import NotFound, Store, Truncated
+from workers.storage import NotFound, Truncated, open_store
 
 MAX_GAP_BYTES = 64 << 10
 """Unwanted bytes between two ranges that are read through: cheaper than another request of 10 ms."""
@@ -66,12 +68,22 @@ class StageTimes:
             for stage, more in seconds.items():
                 setattr(self, stage, getattr(self, stage) + more)
 
+    def seconds(self) -> dict[str, float]:
+        return {stage: getattr(self, stage) for stage in ("fetch", "verify", "decode", "augment", "wait")}
+
     def take(self) -> "StageTimes":
         """What has summed up since the last call."""
         with self._lock:
             taken = StageTimes(self.fetch, self.verify, self.decode, self.augment, self.wait)
             self.fetch = self.verify = self.decode = self.augment = self.wait = 0.0
         return taken
+
+
+class Cache(NamedTuple):
+    """Where what is read of shards is kept on this node, and how much."""
+
+    directory: str
+    limit_bytes: int
 
 
 class RawSample(NamedTuple):
@@ -87,12 +99,13 @@ class RawSample(NamedTuple):
 class SampleReader:
     """Samples of a data set by ordinal."""
 
-    def __init__(self, data: Samples, store: Store, times: StageTimes) -> None:
-        """`store` holds the shards."""
+    def __init__(self, data: Samples, times: StageTimes, cache: Cache | None = None) -> None:
         self._data = data
-        self._store = store
         self._times = times
         self._closed = False
+        self._store = open_store(data.url, stopped=lambda: self._closed)
+        if cache is not None:
+            self._store = CachedStore(self._store, Path(cache.directory), cache.limit_bytes)
 
     def close(self) -> None:
         """Reads under way end after the request that they are at."""
@@ -148,6 +161,7 @@ class SampleReader:
     def _read_again(self, number: int, offset: int, size: int, digest: bytes) -> tuple[memoryview, str]:
         """The sample's bytes, or nothing and why."""
         shard = self._data.shards[number]
+        self._store.forget(shard.name, offset, size, shard.etag)
         try:
             piece = memoryview(self._store.read_range(shard.name, offset, size, shard.etag))
         except (NotFound, Truncated) as error:
@@ -155,8 +169,8 @@ class SampleReader:
         if _digest(piece) == digest:
             return piece, ""
         return memoryview(b""), (
-            f"its {size} bytes from byte {offset} are not what was indexed: the shard is damaged; restore it, "
-            f"or index it as it is now"
+            f"its {size} bytes from byte {offset} are not what was indexed: the shard is damaged; restore "
+            "it, or index it as it is now"
         )
 
 

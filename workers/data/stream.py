@@ -1,26 +1,24 @@
 """The global batches of one rank: read, verify, decode, augment, collate, some batches ahead.
 
 No more is held than one window of samples per owned lane or a share of the tail, or what the budget for
-reading ahead allows, and global batches depend on the order alone: not on world size, threads, or where
-a stream began.
+reading ahead allows, and global batches depend on the order alone: not on world size, threads, reader
+processes, or where a stream began.
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self
 
 from workers.config import AugmentConfig
-from workers.data.batches import Assembler, Background, Batch, Decoder, Pixels, Row
-from workers.data.lookahead import Lookahead, mean_bytes, train_loads, validation_loads
+from workers.data.batches import Arrays, Assembler, Background, Batch, Decoder, Pixels, Row
+from workers.data.lookahead import Lookahead, mean_bytes, validation_loads
 from workers.data.mixture import Source
-from workers.data.order import Positions
 from workers.data.quarantine import Ledger
-from workers.data.samples import SampleReader, Samples, StageTimes
-from workers.data.transforms import DecodeTimes, eval_transform, sample_rng, train_transform
-from workers.storage import open_store
+from workers.data.readers import Readers
+from workers.data.samples import Cache, SampleReader, Samples, StageTimes
+from workers.data.shares import PREFETCH_BYTES, Share
+from workers.data.transforms import DecodeTimes, eval_transform
 
-PREFETCH_BYTES = 256 << 20
 VALIDATION_BYTES = 64 << 20
 
 
@@ -39,28 +37,53 @@ class TrainStream:
         augment: AugmentConfig,
         prefetch_batches: int,
         prefetch_bytes: int = PREFETCH_BYTES,
+        cache: Cache | None = None,
         decode_threads: int = 1,
+        readers: int = 0,
     ) -> None:
         """`prefetch_bytes` of samples are read ahead; a window of each owned lane in any case.
 
-        Two `decode_threads` give 1.7 times the images of one for photographs, but 0.8 times for images of
-        32 x 32, which the interpreter limits.
+        With `readers`, so many processes read and decode, each some of this rank's lanes, with so many
+        `decode_threads` each. In one process two threads give 1.7 times the images of one for photographs,
+        but 0.8 times for images of 32 x 32, which the interpreter limits.
         """
         self.times = StageTimes()
-        self._size = sum(source.share(world_size) for source in sources)
-        transform = functools.partial(train_transform, size=image_size, channels=channels, augment=augment)
-        self._parts = []
-        slot = 0
-        for source in sources:
-            reader = SampleReader(source.data, open_store(source.data.url), self.times)
-            self._parts.append(
-                _Part(source, slot, rank, world_size, start_step, prefetch_bytes, reader, transform)
-            )
-            slot += source.order.lanes
-        self._assembler = Assembler(image_size, channels, decode_threads, self.times)
-        batches = map(self._batch, itertools.count(start_step))
-        self._batches = Background(batches, prefetch_batches, self.times)
+        self._sources = list(sources)
+        self._slots = [source.order.slots(rank, world_size) for source in sources]
         self._step = start_step
+        size = sum(source.share(world_size) for source in sources)
+        shape = (channels, image_size, image_size)
+        self._batches: Readers | _Reader
+        if readers:
+            settings: dict[str, Any] = {"image_size": image_size, "channels": channels, "cache": cache}
+            settings |= {"augment": augment.model_dump(), "prefetch_bytes": prefetch_bytes // readers}
+            settings |= {"decode_threads": decode_threads}
+            self._batches = Readers(
+                sources,
+                self._slots,
+                readers,
+                size=size,
+                shape=shape,
+                start_step=start_step,
+                depth=prefetch_batches,
+                times=self.times,
+                settings=settings,
+            )
+        else:
+            share = Share(
+                sources,
+                self._slots,
+                start_step=start_step,
+                image_size=image_size,
+                channels=channels,
+                augment=augment,
+                times=self.times,
+                prefetch_bytes=prefetch_bytes,
+                cache=cache,
+            )
+            self._batches = _Reader(
+                share, size, shape, start_step, prefetch_batches, decode_threads, self.times
+            )
 
     def __iter__(self) -> Self:
         return self
@@ -75,65 +98,47 @@ class TrainStream:
     def close(self) -> None:
         """The threads end after the read or the batch that they are at; nobody waits for that."""
         self._batches.close()
-        for part in self._parts:
-            part.close()
-        self._assembler.close()
-
-    def _batch(self, step: int) -> Batch:
-        rows = [row for part in self._parts for row in part.rows(step)]
-        return self._assembler.batch(rows, self._size)
 
     def _count(self, batch: Batch) -> None:
         """Enter what was delivered into the proof of each source's epoch."""
         start = 0
-        for part in self._parts:
-            epochs = part.positions(self._step) // part.source.order.num_samples
-            part.source.tally.add(epochs, batch.ids[start : start + len(epochs)])
+        for source, slots in zip(self._sources, self._slots, strict=True):
+            epochs = source.owned(self._step, slots) // source.order.num_samples
+            source.tally.add(epochs, batch.ids[start : start + len(epochs)])
             start += len(epochs)
 
 
-class _Part:
-    """One source's share of one rank's batches."""
+class _Reader:
+    """The batches of one rank, made by threads of this process."""
 
     def __init__(
         self,
-        source: Source,
-        first_slot: int,
-        rank: int,
-        world_size: int,
+        share: Share,
+        size: int,
+        shape: tuple[int, int, int],
         start_step: int,
-        prefetch_bytes: int,
-        reader: SampleReader,
-        transform: Callable[..., None],
+        depth: int,
+        threads: int,
+        times: StageTimes,
     ) -> None:
-        self.source = source
-        self._first_slot = first_slot
-        self._rank, self._world_size = rank, world_size
-        order, mean = source.order, mean_bytes(source.data)
-        window = len(order.slots(rank, world_size)) * order.window_chunks * order.chunk_samples
-        loads = train_loads(order, start_step * source.count, rank, world_size, mean)
-        self._lookahead = Lookahead(reader, source.data, loads, max(prefetch_bytes, int(window * mean)))
+        self._share = share
+        self._size, self._shape = size, shape
+        self._assembler = Assembler(threads, times)
+        self._batches = Background(map(self._batch, itertools.count(start_step)), depth, times)
 
-        def augmented(image: bytes, row: Row, out: Pixels, times: DecodeTimes) -> None:
-            rng = sample_rng(order.seed, row.epoch, row.raw.id)
-            transform(image, rng=rng, out=out, times=times)
-
-        self._decoder = Decoder(source.data, reader, source.ledger, augmented, substitute=True)
-
-    def positions(self, step: int) -> Positions:
-        return self.source.owned(step, self._rank, self._world_size)
-
-    def rows(self, step: int) -> list[Row]:
-        order = self.source.order
-        positions = self.positions(step).tolist()
-        samples = self._lookahead.take(positions)
-        return [
-            Row(raw, at // order.num_samples, self._first_slot + at % order.lanes, self._decoder)
-            for at, raw in zip(positions, samples, strict=True)
-        ]
+    def __next__(self) -> Batch:
+        return next(self._batches)
 
     def close(self) -> None:
-        self._lookahead.close()
+        self._batches.close()
+        self._share.close()
+        self._assembler.close()
+
+    def _batch(self, step: int) -> Batch:
+        rows = self._share.rows(step)
+        arrays = Arrays(self._size, self._shape)
+        self._assembler.fill(arrays, rows, range(len(rows)))
+        return arrays.batch(len(rows))
 
 
 def validation_batches(
@@ -155,10 +160,9 @@ def validation_batches(
     own = range(rank * data.num_samples // world_size, (rank + 1) * data.num_samples // world_size)
     most = -(-data.num_samples // world_size)
     times = StageTimes()
-    reader = SampleReader(data, open_store(data.url), times)
-    loads = validation_loads(own, mean_bytes(data))
-    samples = Lookahead(reader, data, loads, VALIDATION_BYTES)
-    assembler = Assembler(image_size, channels, decode_threads, times)
+    reader = SampleReader(data, times)
+    samples = Lookahead(reader, data, validation_loads(own, mean_bytes(data)), VALIDATION_BYTES)
+    assembler = Assembler(decode_threads, times)
 
     def resized(image: bytes, row: Row, out: Pixels, times: DecodeTimes) -> None:
         eval_transform(image, size=image_size, channels=channels, out=out, times=times)
@@ -166,8 +170,13 @@ def validation_batches(
     decoder = Decoder(data, reader, ledger, resized, substitute=False)
 
     def batch(number: int) -> Batch:
-        raws = samples.take(own[number * batch_size : (number + 1) * batch_size])
-        return assembler.batch([Row(raw, 0, 0, decoder) for raw in raws], batch_size)
+        rows = [
+            Row(raw, 0, 0, decoder)
+            for raw in samples.take(own[number * batch_size : (number + 1) * batch_size])
+        ]
+        arrays = Arrays(batch_size, (channels, image_size, image_size))
+        assembler.fill(arrays, rows, range(len(rows)))
+        return arrays.batch(len(rows))
 
     batches = Background(map(batch, range(-(-most // batch_size))), prefetch, times)
     try:

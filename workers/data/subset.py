@@ -17,10 +17,11 @@ from typing import Self
 
 import numpy as np
 
-from workers.data.index import SAMPLE, DatasetIndex, Shard
+from workers.data.index import SAMPLE, DatasetIndex
 from workers.data.order import Positions, permute, round_keys
 from workers.data.proof import MODULUS, id_sum
 from workers.data.samples import runs
+from workers.data.shards import Shard
 from workers.errors import ConfigError, DataError
 from workers.storage import NotFound, Store, join_url, open_store
 

@@ -15,15 +15,16 @@ from typing import NoReturn
 
 from workers.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-LABEL_EXTENSION = "cls"
-
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 MAX_MEMBER_BYTES = 256 << 20
 """A stream reads a sample whole, so a larger member could not be trained on anyway."""
 MAX_EXTENSION_BYTES = 1 << 20
 """Of a PAX or GNU long-name header."""
+MAX_SAMPLE_BYTES = 512 << 20
+"""All files of a sample together, for the same reason."""
+MAX_NAME = 4096
+"""Characters of a member's name."""
 META = re.compile(r"__[^/]*__($|/)")
 """Members that stock webdataset skips."""
 
@@ -39,6 +40,10 @@ REFUSED = {
     tarfile.FIFOTYPE: "a named pipe",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+
+
+class UnusableShard(DataError):
+    """What is wrong is in the shard itself; the message begins with its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ def samples(shard: str, pieces: Iterable[bytes]) -> Iterator[TarSample]:
             if current:
                 yield current
             if parts[0] in seen:
-                raise DataError(
+                raise UnusableShard(
                     f"{shard}: the files of sample {parts[0]!r} do not stand together (a duplicate key, or "
                     f"interleaved samples); write the shard anew with each sample's files in a row"
                 )
@@ -103,40 +108,17 @@ def samples(shard: str, pieces: Iterable[bytes]) -> Iterator[TarSample]:
         running.update(member.record)
         if parts and current:
             if parts[1] in current.files:
-                raise DataError(f"{shard}: sample {current.key!r} has two files named {member.name!r}")
+                raise UnusableShard(f"{shard}: sample {current.key!r} has two files named {member.name!r}")
             current.files[parts[1]] = member
             current.size = member.offset + len(member.record) - current.offset
+            if current.size > MAX_SAMPLE_BYTES:
+                raise UnusableShard(
+                    f"{shard}: sample {current.key!r} has more than {MAX_SAMPLE_BYTES} bytes, which a "
+                    f"stream would have to hold at once; are dots in the names part of its key?"
+                )
             current.digest = running.digest()
     if current:
         yield current
-
-
-def find_image(shard: str, sample: TarSample) -> Member:
-    images = [member for extension, member in sample.files.items() if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        raise DataError(
-            f"{shard}: sample {sample.key!r} has {len(images)} images, expected one of "
-            f"{', '.join(IMAGE_EXTENSIONS)}; its extensions are {', '.join(sample.files)}"
-        )
-    return images[0]
-
-
-def find_label(shard: str, sample: TarSample, limit: int) -> int:
-    """The number in its .cls file; DataError if that is not one from 0 to `limit` - 1."""
-    member = sample.files.get(LABEL_EXTENSION)
-    if member is None:
-        raise DataError(
-            f"{shard}: sample {sample.key!r} has no label, expected a .{LABEL_EXTENSION} file; "
-            f"its extensions are {', '.join(sample.files)}"
-        )
-    text = member.data[:32].decode("ascii", "replace").strip()
-    if member.size > 32 or not (text.isascii() and text.removeprefix("-").isdigit()):
-        raise DataError(f"{shard}: sample {sample.key!r} has the label {text!r}, expected an integer as text")
-    if not 0 <= int(text) < limit:
-        raise DataError(
-            f"{shard}: sample {sample.key!r} has the label {text}, outside the classes 0 to {limit - 1}"
-        )
-    return int(text)
 
 
 def walk(shard: str, pieces: Iterable[bytes]) -> Iterator[Member]:
@@ -189,7 +171,7 @@ class _Source:
             self.fail(f"truncated at byte {end}, inside its padding; copy or write it again")
 
     def fail(self, reason: str) -> NoReturn:
-        raise DataError(f"{self.shard}: {reason}")
+        raise UnusableShard(f"{self.shard}: {reason}")
 
 
 def _next_member(source: _Source, shared: dict[str, str]) -> Member | None:
@@ -214,8 +196,14 @@ def _next_member(source: _Source, shared: dict[str, str]) -> Member | None:
             own = _pax_fields(source, body)
         elif header.type == tarfile.XGLTYPE:
             shared.update(_pax_fields(source, body))
+        if source.offset - offset > 4 * MAX_EXTENSION_BYTES:
+            source.fail(f"more than {4 * MAX_EXTENSION_BYTES} bytes of header extensions from byte {offset}")
     fields = {**shared, **own}
     name = fields.get("path") or long_name or header.name
+    if len(name) > MAX_NAME:
+        source.fail(f"the name of the member at byte {offset} has {len(name)} characters")
+    if ".." in name.split("/"):
+        source.fail(f"member {name!r} would lie outside of the archive")
     is_file = header.type in FILES
     size = _size(source, name, fields.get("size", header.size)) if is_file else 0
     if not is_file and header.type != tarfile.DIRTYPE:
@@ -249,7 +237,7 @@ def _extension(source: _Source, header: tarfile.TarInfo, blocks: list[bytes]) ->
 
 
 def _pax_fields(source: _Source, body: bytes) -> dict[str, str]:
-    """Records `<length> <key>=<value>\\n`, the length counting itself."""
+    """Records `<length> <key>=<value>\\n`, the length counting itself; of these, what matters here."""
     fields, at = {}, 0
     while at < len(body):
         digits, space, _ = body[at : at + 20].partition(b" ")
@@ -257,7 +245,8 @@ def _pax_fields(source: _Source, body: bytes) -> dict[str, str]:
         key, equals, value = body[at + len(digits) + 1 : at + length - 1].partition(b"=")
         if not (space and key and equals) or body[at + length - 1 : at + length] != b"\n":
             source.fail(f"damaged PAX header before byte {source.offset}; copy or write it again")
-        fields[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        if key in (b"path", b"size") or key.startswith(b"GNU.sparse."):
+            fields[key.decode()] = value.decode("utf-8", "surrogateescape")
         at += length
     return fields
 

@@ -26,6 +26,8 @@ def open_data(config: RunConfig) -> tuple[list[DatasetIndex], DatasetIndex]:
         for number, source in enumerate(data.mix)
     ]
     validation = _open("data.validation_fingerprint", data.validation_url, data.validation_fingerprint)
+    for index in (*indexes, validation):
+        index.check_layout(data.image_key, data.label)
     first = indexes[0]
     if config.model.num_classes != len(first.classes):
         raise ConfigError(

@@ -1,0 +1,86 @@
+"""One reader process, see `workers.data.readers`; ends when its standard input does."""
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from workers.config import AugmentConfig
+from workers.data.batches import Arrays, Assembler
+from workers.data.mixture import Source, restore
+from workers.data.quarantine import from_json, to_json
+from workers.data.samples import Cache, StageTimes
+from workers.data.shares import Share
+from workers.errors import VitscaleError
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed belongs into the log
+    try:
+        _serve(json.loads(sys.stdin.readline()), answers)
+    except VitscaleError as error:
+        _answer(answers, {"error": str(error)})
+    except BrokenPipeError:
+        pass
+    # Threads may wait for the store; nobody waits for them.
+    os._exit(0)
+
+
+def _serve(task: dict[str, Any], answers: TextIO) -> None:
+    sources = [restore(values) for values in task["sources"]]
+    for source, bad in zip(sources, task["bad"], strict=True):
+        source.ledger.add(from_json(bad))
+    rank_slots, slots = ([range(*own) for own in task[name]] for name in ("rank_slots", "slots"))
+    buffers = _buffers(task["memory"])
+    settings = task["settings"]
+    settings["augment"] = AugmentConfig.model_validate(settings["augment"])
+    settings["cache"] = Cache(*settings["cache"]) if settings["cache"] else None
+    times = StageTimes()
+    assembler = Assembler(settings.pop("decode_threads"), times)
+    share = Share(sources, slots, times=times, **settings)
+    for line in sys.stdin:
+        request = json.loads(line)
+        step = request["step"]
+        rows = share.rows(step)
+        assembler.fill(buffers[request["buffer"]], rows, places(sources, step, rank_slots, slots))
+        bad = [to_json(source.ledger.take_new()) for source in sources]
+        _answer(answers, {"times": times.take().seconds(), "bad": bad})
+
+
+def places(
+    sources: Sequence[Source], step: int, rank_slots: Sequence[range], slots: Sequence[range]
+) -> list[int]:
+    """Rows of the rank's batch that the reader's samples belong to."""
+    found: list[int] = []
+    first = 0
+    for source, of_rank, own in zip(sources, rank_slots, slots, strict=True):
+        positions = source.owned(step, of_rank)
+        found += (first + np.searchsorted(positions, source.owned(step, own))).tolist()
+        first += len(positions)
+    return found
+
+
+def _buffers(memory: dict[str, Any]) -> list[Arrays]:
+    width = memory["width"]
+    mapped = memoryview(mmap.mmap(memory["file"], width * memory["buffers"]))
+    os.close(memory["file"])
+    return [
+        Arrays(memory["size"], tuple(memory["shape"]), mapped[at * width :][:width])
+        for at in range(memory["buffers"])
+    ]
+
+
+def _answer(answers: TextIO, values: dict[str, Any]) -> None:
+    answers.write(json.dumps(values) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

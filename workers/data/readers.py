@@ -1,0 +1,168 @@
+"""Reader processes: each reads and decodes the samples of some lanes of a rank into memory that all share.
+
+The parent hands out steps on the standard input of `python -m workers.data.reader_process` and hears on its
+standard output that they are done, a line of JSON each. The memory has no name in any folder, so a killed
+process leaves nothing behind.
+"""
+
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from workers.data.batches import Arrays, Batch
+from workers.data.mixture import Source, describe
+from workers.data.quarantine import from_json, to_json
+from workers.data.samples import StageTimes
+from workers.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+"""Holds the package `workers`."""
+END_SECONDS = 5.0
+
+
+class Readers:
+    """The batches of one rank, made by processes, `depth` steps ahead."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        slots: Sequence[range],
+        processes: int,
+        *,
+        size: int,
+        shape: tuple[int, int, int],
+        start_step: int,
+        depth: int,
+        times: StageTimes,
+        settings: dict[str, Any],
+    ) -> None:
+        """`size` rows of this `shape` in a batch; `settings` are those of a Share, as plain values."""
+        fewest = min(map(len, slots))
+        if processes > fewest:
+            raise ConfigError(
+                f"compute.readers {processes}: this worker has {fewest} of the data.lanes; ask for fewer "
+                "readers, or raise data.lanes"
+            )
+        self._sources, self._slots = sources, slots
+        self._times = times
+        width = Arrays.num_bytes(size, shape)
+        width += -width % mmap.PAGESIZE
+        file = os.memfd_create("vitscale-batches")
+        try:
+            os.ftruncate(file, depth * width)
+            memory = memoryview(mmap.mmap(file, depth * width))
+            self._arrays = [Arrays(size, shape, memory[at * width :][:width]) for at in range(depth)]
+            task = {
+                "sources": [describe(source) for source in sources],
+                "bad": [to_json(source.ledger.entries()) for source in sources],
+                "rank_slots": [[own.start, own.stop] for own in slots],
+                "memory": {"file": file, "width": width, "buffers": depth, "size": size, "shape": shape},
+                "settings": {**settings, "start_step": start_step},
+            }
+            self._processes = [_start(task, nth, processes, file) for nth in range(processes)]
+        finally:
+            os.close(file)
+        self._ahead: deque[tuple[int, int]] = deque()
+        """Steps under way, with the number of the buffer."""
+        self._error: Exception | None = None
+        for at in range(depth):
+            self._send(start_step + at, at)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._processes:
+            raise StopIteration
+        if self._error:
+            raise self._error
+        step, buffer = self._ahead.popleft()
+        started = time.perf_counter()
+        try:
+            for process in self._processes:
+                self._receive(process)
+        except DataError as error:
+            self._error = error
+            raise
+        self._times.add(wait=time.perf_counter() - started)
+        num_real = sum(
+            len(source.owned(step, own)) for source, own in zip(self._sources, self._slots, strict=True)
+        )
+        batch = _copy(self._arrays[buffer].batch(num_real))
+        self._send(step + len(self._arrays), buffer)
+        return batch
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.communicate(timeout=END_SECONDS)
+        self._processes = []
+
+    def _send(self, step: int, buffer: int) -> None:
+        line = json.dumps({"step": step, "buffer": buffer}) + "\n"
+        for process in self._processes:
+            assert process.stdin
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # what it said before it ended comes first
+        self._ahead.append((step, buffer))
+
+    def _receive(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout
+        line = process.stdout.readline()
+        if not line:
+            code = process.wait()
+            raise DataError(
+                f"a reader process ended with exit code {code}"
+                + (" (killed: too little memory?)" if code == -9 else "; its log says more")
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise DataError(answer["error"])
+        self._times.add(**answer["times"])
+        for source, bad in zip(self._sources, answer["bad"], strict=True):
+            source.ledger.add(from_json(bad))
+
+
+def _start(task: dict[str, Any], nth: int, processes: int, file: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workers.data.reader_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=[file],
+        env=environment,
+    )
+    assert process.stdin
+    slots = [split(range(*own), nth, processes) for own in task["rank_slots"]]
+    own = {**task, "slots": [[part.start, part.stop] for part in slots]}
+    process.stdin.write(json.dumps(own) + "\n")
+    process.stdin.flush()
+    return process
+
+
+def split(slots: range, nth: int, parts: int) -> range:
+    """The nth of so many parts, as equal as can be."""
+    first, last = (slots.start + at * len(slots) // parts for at in (nth, nth + 1))
+    return range(first, last)
+
+
+def _copy(batch: Batch) -> Batch:
+    """In memory of its own, for the buffer is used again; 2 ms for 64 images of 224 pixels."""
+    tensors = (batch.images, batch.labels, batch.weights, batch.slots)
+    images, labels, weights, slots = (torch.clone(tensor) for tensor in tensors)
+    return Batch(images, labels, weights, slots, batch.ids.copy(), batch.num_real)

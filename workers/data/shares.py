@@ -1,0 +1,87 @@
+"""What one reader contributes to the global batches: the samples of some of the lanes, as rows."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from workers.config import AugmentConfig
+from workers.data.batches import Decoder, Pixels, Row
+from workers.data.lookahead import Lookahead, mean_bytes, train_loads
+from workers.data.mixture import Source
+from workers.data.samples import Cache, SampleReader, StageTimes
+from workers.data.transforms import DecodeTimes, sample_rng, train_transform
+
+PREFETCH_BYTES = 256 << 20
+
+
+class Share:
+    """The rows of one reader in each global batch, from `start_step` on, one step after the other."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        slots: Sequence[range],
+        *,
+        start_step: int,
+        image_size: int,
+        channels: Literal[1, 3],
+        augment: AugmentConfig,
+        times: StageTimes,
+        prefetch_bytes: int = PREFETCH_BYTES,
+        cache: Cache | None = None,
+    ) -> None:
+        """`slots`: of each source, those whose positions are this reader's."""
+        transform = functools.partial(train_transform, size=image_size, channels=channels, augment=augment)
+        self._parts = []
+        first_slot = 0
+        for source, own in zip(sources, slots, strict=True):
+            reader = SampleReader(source.data, times, cache)
+            self._parts.append(_Part(source, own, first_slot, start_step, prefetch_bytes, reader, transform))
+            first_slot += source.order.lanes
+
+    def rows(self, step: int) -> list[Row]:
+        return [row for part in self._parts for row in part.rows(step)]
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+class _Part:
+    """One source's."""
+
+    def __init__(
+        self,
+        source: Source,
+        slots: range,
+        first_slot: int,
+        start_step: int,
+        prefetch_bytes: int,
+        reader: SampleReader,
+        transform: Callable[..., None],
+    ) -> None:
+        self._source = source
+        self._slots = slots
+        self._first_slot = first_slot
+        order, mean = source.order, mean_bytes(source.data)
+        window = len(slots) * order.window_chunks * order.chunk_samples
+        loads = train_loads(order, start_step * source.count, slots, mean)
+        self._lookahead = Lookahead(reader, source.data, loads, max(prefetch_bytes, int(window * mean)))
+
+        def augmented(image: bytes, row: Row, out: Pixels, times: DecodeTimes) -> None:
+            rng = sample_rng(order.seed, row.epoch, row.raw.id)
+            transform(image, rng=rng, out=out, times=times)
+
+        self._decoder = Decoder(source.data, reader, source.ledger, augmented, substitute=True)
+
+    def rows(self, step: int) -> list[Row]:
+        order = self._source.order
+        positions = self._source.owned(step, self._slots).tolist()
+        samples = self._lookahead.take(positions)
+        return [
+            Row(raw, at // order.num_samples, self._first_slot + at % order.lanes, self._decoder)
+            for at, raw in zip(positions, samples, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._lookahead.close()
