@@ -1,4 +1,4 @@
-"""An ingest that is killed, whenever that is, goes on: the same bytes in the end, and no shard written twice."""
+"""An ingest that is killed, whenever that is, goes on: the same bytes in the end, no shard written twice."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.test_sources import cifar10, python2_batch, write_parquet
 from workers.errors import DataError
 from workers.storage import FileStore, ensure_bucket, open_store
 
-SHARD_BYTES = 60_000
+SHARD_BYTES = 40_000
 INGEST = """
 import sys
 from pipelines.ingest import ingest
@@ -109,7 +109,7 @@ def test_killed_at_random_points(noise: Path, undisturbed: str, tmp_path: Path) 
         shards = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar") if path.name in recorded}
         assert written.items() <= shards.items(), "a finished shard was written again"
         written = shards
-    assert kills >= 3
+    assert kills >= 2
     report = ingest(noise, root.as_uri(), shard_bytes=SHARD_BYTES)
     assert written.items() <= {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")}.items()
     assert results(root.as_uri()) == results(undisturbed)

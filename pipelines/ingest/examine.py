@@ -118,9 +118,8 @@ def _unpacked(work: Work, number: int, path: Path, table: pa.Table, found: Seque
 
 def examine(items: Sequence[Item], *, decode: bool, spool: BinaryIO | None = None) -> list[Found]:
     """Of each item; their bytes go to `spool`, too, if there is one."""
-    with warnings.catch_warnings():
-        # Pillow warns of oddities that it reads all the same; too many pixels are refused in _decode.
-        warnings.simplefilter("ignore")
+    # Pillow warns of oddities that it reads all the same; too many pixels are refused in _decode.
+    with warnings.catch_warnings(action="ignore"):
         if all(is_ranged(item) for item in items):
             return _examine_ranged(items, decode)
         found = []

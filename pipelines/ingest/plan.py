@@ -214,11 +214,13 @@ def _check(table: pa.Table, chosen: Mapping[str, Rows], classes: Sequence[str], 
     if len(everywhere) < 2:
         names = ", ".join(classes[label] for label in everywhere) or "none"
         raise DataError(f"a classifier needs images of at least two classes, found: {names}")
+    given = "" not in table["split"].to_pylist()
+    advice = "" if given else f", or lower the validation share ({validation})"
     for split, purpose in (("val", "validation"), ("test", "testing")):
         for label in sorted(found.get(split, set()) - found.get("train", set())):
             raise DataError(
                 f"class {classes[label]!r} (label {label}) has images for {purpose} only; "
-                f"add images of it, or lower the validation share ({validation})"
+                f"add images of it{advice}"
             )
     if not len(chosen.get("val", ())):
         raise DataError(f"no image falls to validation; add images, or raise its share ({validation})")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +40,12 @@ def write_shard(work: Work, name: str, encoding: Encoding) -> int:
     with tempfile.TemporaryDirectory(prefix="vitscale-ingest-") as folder:
         path = Path(folder) / "shard.tar"
         try:
-            with path.open("wb") as file, (Path(folder) / "spool").open("w+b") as spool:
+            # Pillow warns of oddities that it reads all the same.
+            with (
+                warnings.catch_warnings(action="ignore"),
+                path.open("wb") as file,
+                (Path(folder) / "spool").open("w+b") as spool,
+            ):
                 tar = HashingFile(file)
                 _fill(tar, spool, rows, encoding)
         except OSError as error:
