@@ -65,10 +65,10 @@ def ingest(
     shard_size: Annotated[str, typer.Option(help="Target size of a shard, such as 256M or 1G.")] = "256M",
     resize: Annotated[
         int | None,
-        typer.Option(help="Shrink images to so many pixels of the shorter side. Changes pixels; see below."),
+        typer.Option(help="Shrink images to so many pixels of the shorter side. Changes pixels; see above."),
     ] = None,
     reencode: Annotated[
-        str | None, typer.Option(help="Encode all images as jpeg, webp or png. Changes pixels; see below.")
+        str | None, typer.Option(help="Encode all images as jpeg, webp or png. Changes pixels; see above.")
     ] = None,
     quality: Annotated[int, typer.Option(help="Of JPEG and WebP when pixels are changed, 1 to 100.")] = 90,
     skip_unreadable: Annotated[
