@@ -12,7 +12,7 @@ from tests.benchmarks import photos, results
 
 BASELINE = "webdataset"
 OURS, MEMORY = "vitscale", "vitscale-memory"
-TWO_LOADERS = ("vitscale-2-threads", "vitscale-2-processes")
+TWO_LOADERS = ("vitscale-2-threads", "vitscale-2-readers", "vitscale-2-ranks")
 PACKAGES = {
     "ours": ("torch", "simplejpeg", "pillow", "numpy", "boto3"),
     "peers": ("webdataset", "mosaicml-streaming", "litdata", "megatron-energon", "spdl", "torch",

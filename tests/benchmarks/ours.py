@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -27,48 +26,40 @@ from tests.benchmarks import photos
 from tests.benchmarks.contender import BATCH, SIZE, Measurement, Source, measure, report
 from workers.config import AugmentConfig, DataConfig
 from workers.data.index import DatasetIndex
-from workers.data.order import Order
+from workers.data.mixture import Source as MixedSource
 from workers.data.stream import TrainStream
-from workers.data.transforms import decode, sample_rng, train_transform
+from workers.data.transforms import sample_rng, train_transform
+from workers.training.inputs import make_order
 
-CONTENDERS = ["vitscale-memory", "vitscale", "vitscale-2-threads", "vitscale-2-processes"]
+CONTENDERS = [
+    *("vitscale-memory", "vitscale"),
+    *("vitscale-2-threads", "vitscale-2-readers", "vitscale-2-ranks"),
+]
 
 SEED = 0
 
 
-class Blocks(NamedTuple):
-    """How the order deals samples out; DataConfig's defaults."""
-
-    lanes: int = DataConfig.model_fields["lanes"].default
-    chunk_samples: int = DataConfig.model_fields["chunk_samples"].default
-    window_chunks: int = DataConfig.model_fields["window_chunks"].default
-
-
-SMALL = Blocks(lanes=4, chunk_samples=16, window_chunks=2)
-"""For small sets, of which DataConfig's windows would hold a whole epoch."""
-
-
-def make_order(index: DatasetIndex, blocks: Blocks) -> Order:
-    return Order.for_dataset(index.fingerprint, index.num_samples, seed=SEED, **blocks._asdict())
+DEFAULTS = DataConfig(url="", validation_url="")
+SMALL = DataConfig(url="", validation_url="", lanes=4, chunk_samples=16, window_chunks=2)
+"""For small sets, of which the default windows would hold a whole epoch."""
 
 
 def open_stream(
     index: DatasetIndex,
+    blocks: DataConfig = DEFAULTS,
     *,
-    blocks: Blocks = Blocks(),  # noqa: B008 - immutable
     batch: int = BATCH,
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
     decode_threads: int = 1,
+    readers: int = 0,
     image_size: int = SIZE,
 ) -> TrainStream:
     """Batches of `batch` per rank, digests verified, RandomResizedCrop and flip."""
+    order = make_order(blocks, index, SEED)
     return TrainStream(
-        index,
-        make_order(index, blocks),
-        subset=None,
-        global_batch_size=batch * world_size,
+        [MixedSource.of(index, order, batch * world_size, max_bad_fraction=0)],
         rank=rank,
         world_size=world_size,
         start_step=start_step,
@@ -77,19 +68,21 @@ def open_stream(
         augment=AugmentConfig(),
         prefetch_batches=2,
         decode_threads=decode_threads,
+        readers=readers,
     )
 
 
 def decode_batches(files: list[bytes]) -> Iterator[torch.Tensor]:
     """The stream's way from bytes to batches, without the stream: endless."""
-    augment = AugmentConfig().model_dump()
+    augment = AugmentConfig()
     for epoch in itertools.count():
         for start in range(0, len(files) - BATCH + 1, BATCH):
             images = np.zeros((BATCH, 3, SIZE, SIZE), np.uint8)
             for row in range(BATCH):
                 rng = sample_rng(SEED, epoch, start + row)
-                image = decode(files[start + row], channels=3)
-                images[row] = train_transform(image, size=SIZE, rng=rng, **augment)
+                train_transform(
+                    files[start + row], size=SIZE, channels=3, augment=augment, rng=rng, out=images[row]
+                )
             yield torch.from_numpy(images)
 
 
@@ -98,10 +91,11 @@ def run(contender: str, source: Source, skip: int, images: int) -> Measurement:
     if contender == "vitscale-memory":
         files = [jpeg for shard in source.shards for _, jpeg, _ in photos.read(Path(source.folder, shard))]
         return measure(decode_batches(files), BATCH, images)
-    if contender == "vitscale-2-processes":
+    if contender == "vitscale-2-ranks":
         return _run_ranks(source.url, skip // 2, images // 2)
-    threads = 2 if contender == "vitscale-2-threads" else 1
-    with contextlib.closing(open_stream(DatasetIndex.open(source.url), decode_threads=threads)) as stream:
+    options = {"vitscale-2-threads": {"decode_threads": 2}, "vitscale-2-readers": {"readers": 2}}
+    stream = open_stream(DatasetIndex.open(source.url), **options.get(contender, {}))
+    with contextlib.closing(stream):
         return measure((batch.images for batch in stream), skip, images)
 
 
@@ -143,20 +137,20 @@ def first_batch(url: str, position: int, batch: int) -> None:
         print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
-def consumed(index: DatasetIndex, blocks: Blocks, position: int) -> list[tuple[str, int, int]]:
+def consumed(index: DatasetIndex, blocks: DataConfig, position: int) -> list[tuple[str, int, int]]:
     """Shard, first byte and end of the samples before a position of the first epoch."""
     numbers, rows = index.records(0, index.num_samples)
-    before = make_order(index, blocks).samples(np.arange(position, dtype=np.int64))
+    before = make_order(blocks, index, SEED).samples(np.arange(position, dtype=np.int64))
     return [
         (index.shards[numbers[at]].name, int(rows["offset"][at]), int(rows["offset"][at] + rows["size"][at]))
         for at in before
     ]
 
 
-def window_bytes(index: DatasetIndex, blocks: Blocks) -> float:
+def window_bytes(index: DatasetIndex, blocks: DataConfig) -> float:
     """Mean bytes of one window of every lane."""
     _, rows = index.records(0, index.num_samples)
-    return float(rows["size"].mean()) * blocks.lanes * blocks.chunk_samples * blocks.window_chunks
+    return float(rows["size"].mean()) * blocks.lanes * (blocks.chunk_samples or 0) * blocks.window_chunks
 
 
 def memory(url: str, epochs: list[int]) -> None:
