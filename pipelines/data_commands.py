@@ -1,6 +1,7 @@
 """The commands for data sets: `vitscale ingest`, `index`, `verify`."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,26 +10,98 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.terminal import AsJson, SiteFile, bar, console, open_site, site_if_any
+from pipelines.terminal import AsJson, SiteFile, bar, console, open_site, phase_bars, site_if_any
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipelines.ingest import IngestReport
     from workers.data.verify import VerifyReport
+
+SHOWN = 10
+"""Lines of each kind that a command prints."""
 
 
 def ingest(
     source: Annotated[
         str,
-        typer.Argument(help="`digits`, a folder with a folder per class, or a tar of <name>_<label>.jpg."),
+        typer.Argument(
+            help="A folder, file or s3:// URL: a folder per class (below train/ and val/ if you like), CSV, "
+            "TSV or JSON lines with image files, Parquet, CIFAR, IDX, tars; or `digits`."
+        ),
     ],
     destination: Annotated[
         str,
         typer.Argument(help="URL to write to, e.g. s3://bucket/birds; or a name below the site's data root."),
     ],
-    validation: Annotated[float, typer.Option(help="Share of the images kept for validation.")] = 0.2,
-    limit: Annotated[int | None, typer.Option(help="Take only so many images.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="folder, table, parquet, cifar, idx, wds, tar or digits. Default: by the content."),
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of a table or Parquet with the images. Default: guessed.")
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the labels; field of .json labels; `coarse` of CIFAR-100. Default: guessed."
+        ),
+    ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with the classes' numbers, such as another data set's classes.json. "
+            "Default: by name, in order."
+        ),
+    ] = None,
+    validation: Annotated[
+        float,
+        typer.Option(help="Share of the training images kept for validation, where the source has none."),
+    ] = 0.2,
+    test_as_validation: Annotated[
+        bool,
+        typer.Option("--test-as-validation", help="Make the source's test images the validation images."),
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Take only so many images, of all classes.")] = None,
+    shard_size: Annotated[str, typer.Option(help="Target size of a shard, such as 256M or 1G.")] = "256M",
+    resize: Annotated[
+        int | None,
+        typer.Option(help="Shrink images to so many pixels of the shorter side. Changes pixels; see above."),
+    ] = None,
+    reencode: Annotated[
+        str | None, typer.Option(help="Encode all images as jpeg, webp or png. Changes pixels; see above.")
+    ] = None,
+    quality: Annotated[int, typer.Option(help="Of JPEG and WebP when pixels are changed, 1 to 100.")] = 90,
     skip_unreadable: Annotated[
-        bool, typer.Option(help="Leave unreadable images out and list them, instead of stopping.")
+        bool,
+        typer.Option(
+            "--skip-unreadable", help="Leave unreadable images out and list them, instead of stopping."
+        ),
+    ] = False,
+    drop_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--drop-duplicates",
+            help="Keep one of images with the same bytes, one for validation first, and none of those whose "
+            "labels differ.",
+        ),
+    ] = False,
+    refuse_conflicts: Annotated[
+        bool,
+        typer.Option("--refuse-conflicts", help="Stop if images with the same bytes have different labels."),
+    ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Follow symbolic links that lead out of a folder.")
+    ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="On this machine. Default: one for each core, or one if there is little to do."),
+    ] = None,
+    on_cluster: Annotated[
+        bool,
+        typer.Option(
+            "--on-cluster",
+            help="Work on the site's Ray cluster; all its nodes must reach source and destination.",
+        ),
     ] = False,
     site: SiteFile = None,
     as_json: AsJson = False,
@@ -36,29 +109,82 @@ def ingest(
     """Images to WebDataset shards with an index beside them, split into training and validation.
 
     Example: vitscale ingest photos/ s3://vitscale/photos
+
+    Example: vitscale ingest labels.csv s3://vitscale/birds --image-column file --label-column species
+
+    Example: vitscale ingest s3://raw/imagenet s3://vitscale/in1k --on-cluster --resize 320 --reencode jpeg
+
+    Example: vitscale ingest cifar-10-python.tar.gz s3://vitscale/cifar10 --test-as-validation
+
+    Splits that the source has are kept; its test images go to test/. The same source and options give the
+    same bytes, whatever interrupts the work: the same command goes on.
+
+    Images are copied unmodified unless --resize or --reencode is given. Then they are turned upright, made
+    RGB or grey, shrunk (never enlarged) and encoded again: EXIF, colour profiles and alpha are gone, and
+    JPEG and WebP lose detail. Photographs far larger than the model's input load about twice as fast so.
     """
+    where = site_if_any(site) if "://" in destination and not on_cluster else open_site(site)
     from pipelines.ingest import ingest as run_ingest
 
-    where = site_if_any(site) if "://" in destination else open_site(site)
     url = where.data_url(destination) if where else destination
-    with bar(f"ingest {source}") as advance:
+    with phase_bars(f"ingest {source}") as advance:
         report = run_ingest(
             source,
             url,
-            validation=validation,
+            format=format,
+            image_column=image_column,
+            label_column=label_column,
+            class_map=class_map,
+            follow_links=follow_links,
             limit=limit,
+            validation=validation,
+            test_as_validation=test_as_validation,
+            shard_bytes=parse_size(shard_size),
             skip_unreadable=skip_unreadable,
+            drop_duplicates=drop_duplicates,
+            refuse_conflicts=refuse_conflicts,
+            resize=resize,
+            reencode=reencode,
+            quality=quality,
+            processes=processes,
+            site=where if on_cluster else None,
             progress=advance,
         )
     if as_json:
         typer.echo(json.dumps(asdict(report)))
         return
+    _print_ingested(report)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `256M`, `1G`, `500000`; M is 2^20."""
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if not match or int(match[1]) == 0:
+        raise ConfigError(f"--shard-size {text}: expected a size such as 256M or 1G")
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
+def _print_ingested(report: "IngestReport") -> None:
+    test = f", {report.num_test:,} test images" if report.num_test else ""
     console.print(
-        f"{url}: {report.num_train:,} training and {report.num_validation:,} validation images, "
-        f"{len(report.classes)} classes"
+        f"{report.destination}: {report.num_train:,} training and {report.num_validation:,} validation images"
+        f"{test}, {len(report.classes)} classes, {report.num_shards} shards, read as {report.format}"
     )
-    for line in report.skipped:
-        console.print(f"  left out: {line}", markup=False)
+    for count, lines, what in (
+        (report.num_skipped, report.skipped, "unreadable images were left out"),
+        (report.num_ignored, report.ignored, "files are no JPEG, PNG or WebP images by their names"),
+        (report.num_duplicates, report.duplicates, "images have the bytes of another one"),
+        (report.num_conflicts, report.conflicts, "of them have another label"),
+        (report.num_leaks, report.leaks, "of them are in another split"),
+    ):
+        if count:
+            console.print(f"  {count:,} {what}:")
+        for line in lines[:SHOWN]:
+            console.print(f"    {line}", markup=False)
+    if report.num_dropped:
+        console.print(f"  {report.num_dropped:,} images were left out as duplicates")
+    if report.encoding:
+        console.print(f"  pixels were changed: {report.encoding}")
 
 
 def index(

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from orchestrator.site import Site
@@ -50,6 +51,46 @@ def progress_console(as_json: bool) -> Console:
 
 def bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
     return _Bar(label)
+
+
+class _PhaseBars:
+    """A bar for each phase of a command, with what it does in a second; told as `(phase, done, total)`."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._phases: dict[str, TaskID] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._bar = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
+        )
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar.start()
+        return self._update
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def _update(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase not in self._phases:
+            self._phases[phase] = self._bar.add_task(f"{self._label}: {phase}", total=total, speed="")
+            # What an earlier attempt did is no speed of this one.
+            self._begun[phase] = (now, done)
+        started, before = self._begun[phase]
+        speed = f"{(done - before) / (now - started):,.0f}/s" if done > before and now > started else ""
+        self._bar.update(self._phases[phase], completed=done, total=total, speed=speed)
+
+
+def phase_bars(label: str) -> AbstractContextManager[Callable[[str, int, int], None]]:
+    return _PhaseBars(label)
 
 
 class _Bar:

@@ -17,6 +17,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
 from orchestrator import cluster as cluster_module
+from orchestrator import ray_jobs
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, run_url, write_failure
 from orchestrator.site import Site
@@ -74,7 +75,8 @@ class FakeRay:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    monkeypatch.setattr(cluster_module, "JobSubmissionClient", lambda url: fake)
+    monkeypatch.setattr(ray_jobs, "JobSubmissionClient", lambda url: fake)
+    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(cluster_module, "POLL_SECONDS", 0.0)
     return fake
 
@@ -190,7 +192,7 @@ def test_a_head_that_is_busy_for_a_moment_ends_nothing(
 def test_a_head_that_is_gone_is_told(
     cluster: Cluster, fake: FakeRay, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(ray_jobs, "PATIENCE_SECONDS", 0.0)
     spec = make_spec(store_url)
     job = cluster.start(spec)
     fake.failures = [ConnectionError("refused")] * 100

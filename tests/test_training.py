@@ -43,8 +43,8 @@ from workers.training.commits import CommitLog
 from workers.training.optim import learning_rate
 
 GOLDEN = [
-    *(2.30259, 2.30259, 2.30453, 2.30041, 2.29055, 2.28608, 2.30913, 2.27589, 2.24332, 2.29659),
-    *(2.24949, 2.23565, 2.25905, 2.24897, 2.17550, 2.18511, 2.16233, 2.14895, 2.21860, 2.21799),
+    *(2.30259, 2.30259, 2.30673, 2.29733, 2.29081, 2.30236, 2.30603, 2.29018, 2.24751, 2.25795),
+    *(2.20222, 2.26552, 2.25369, 2.27130, 2.16009, 2.20536, 2.14079, 2.17776, 2.15616, 2.18310),
 ]
 
 
@@ -53,7 +53,7 @@ def set_values(config, *overrides):
 
 
 def make_order(config):
-    return inputs.make_order(config, DatasetIndex.open(config.data.url))
+    return inputs.make_order(config.data, DatasetIndex.open(config.data.url), config.seed)
 
 
 class RecordingStream(TrainStream):
@@ -98,7 +98,9 @@ def test_world_size_changes_neither_global_batches_nor_losses(digits_url, by_wor
     positions = [range(step * BATCH, (step + 1) * BATCH) for step in range(20)]
     assert global_batches == [sorted(rows["id"][[order.sample(at) for at in batch]]) for batch in positions]
     one_url, _ = by_world_size[1]
-    assert losses(url) == pytest.approx(losses(one_url), abs=1e-4)
+    # Sums of floats in another order; at this rate of learning they drift apart.
+    assert losses(url)[:10] == pytest.approx(losses(one_url)[:10], abs=1e-5)
+    assert losses(url) == pytest.approx(losses(one_url), abs=1e-3)
     assert head_manifest(url).world_size == world_size
 
 

@@ -12,6 +12,9 @@ from workers.errors import ConfigError, DataError
 from workers.storage import open_store
 from workers.training.metrics import EventReader
 
+CALM = "optim.learning_rate=0.001"
+"""At ten times this rate the order of float additions shows after some ten steps."""
+
 
 def events(run_url, kind):
     return [event for event in EventReader(open_store(run_url)).read() if event["kind"] == kind]
@@ -40,7 +43,7 @@ def damage(url, *ordinals):
 def test_bad_samples_are_listed_in_checkpoint_and_events_alike_at_any_world_size(own_digits, tmp_path):
     damage(f"{own_digits}/train", 7, 200)
     damage(f"{own_digits}/val", 5)
-    config = tiny_config(own_digits, "data.max_bad_fraction=0.02")
+    config = tiny_config(own_digits, CALM, "data.max_bad_fraction=0.02")
     urls = {size: (tmp_path / str(size)).as_uri() for size in (1, 3)}
     for world_size, url in urls.items():
         train_on(world_size, config, url)
@@ -51,7 +54,7 @@ def test_bad_samples_are_listed_in_checkpoint_and_events_alike_at_any_world_size
         assert entry["url"] == f"{own_digits}/train" and entry["shard"].endswith(".tar")
         assert "not what was indexed" in entry["reason"] and entry["substitute"] not in (7, 200)
     assert head_manifest(urls[3]).bad_samples == manifest.bad_samples
-    assert losses(urls[3]) == pytest.approx(losses(urls[1]), abs=1e-4)
+    assert losses(urls[3]) == pytest.approx(losses(urls[1]), abs=1e-5)
     for url in urls.values():
         last = {event["of"]: event for event in events(url, "bad_samples")}
         assert last["training"]["samples"] == entries
@@ -87,6 +90,7 @@ def test_sources_are_mixed_by_weight(digits_url, tmp_path):
     index = DatasetIndex.open(f"{digits_url}/train")
     config = tiny_config(
         digits_url,
+        CALM,
         "data.weight=2",
         f"data.mix=[{{url: '{digits_url}/val', weight: 1}}]",
         f"data.validation_url={digits_url}/val",
@@ -94,7 +98,7 @@ def test_sources_are_mixed_by_weight(digits_url, tmp_path):
     urls = [(tmp_path / str(size)).as_uri() for size in (1, 4)]
     for world_size, url in zip((1, 4), urls, strict=True):
         train_on(world_size, config, url)
-    assert losses(urls[1]) == pytest.approx(losses(urls[0]), abs=1e-4)
+    assert losses(urls[1]) == pytest.approx(losses(urls[0]), abs=1e-5)
     sources = head_manifest(urls[0]).sources
     assert [source["count"] for source in sources] == [32, 16]
     assert [source["num_samples"] for source in sources] == [index.num_samples, 91]
@@ -108,10 +112,29 @@ def test_sources_of_other_classes_are_refused(digits_url, tiny_index, store_url)
 
 
 def test_a_subset_is_built_by_the_first_rank_and_trained_on(own_digits, tmp_path):
-    config = tiny_config(own_digits, "data.subset=100", "data.stratified=true")
+    config = tiny_config(own_digits, CALM, "data.subset=100", "data.stratified=true")
     urls = [(tmp_path / str(size)).as_uri() for size in (2, 1)]
     for world_size, url in zip((2, 1), urls, strict=True):
         train_on(world_size, config, url)
     assert head_manifest(urls[0]).sources[0]["num_samples"] == 100
-    assert losses(urls[1]) == pytest.approx(losses(urls[0]), abs=1e-4)
+    assert losses(urls[1]) == pytest.approx(losses(urls[0]), abs=1e-5)
     assert {event["num_samples"] for event in events(urls[0], "epoch")} == {100}
+
+
+def test_mixup_and_cutmix_are_the_same_at_any_world_size(digits_url, tmp_path):
+    config = tiny_config(digits_url, CALM, "data.augment.mixup=0.8", "data.augment.cutmix=1.0")
+    urls = [(tmp_path / str(size)).as_uri() for size in (1, 3)]
+    for world_size, url in zip((1, 3), urls, strict=True):
+        train_on(world_size, config, url)
+    plain = (tmp_path / "plain").as_uri()
+    train_on(1, tiny_config(digits_url, CALM), plain)
+    assert losses(urls[1]) == pytest.approx(losses(urls[0]), abs=1e-5)
+    assert max(abs(one - other) for one, other in zip(losses(urls[0]), losses(plain), strict=True)) > 1e-3
+
+
+def test_microbatches_and_reader_processes_change_nothing(digits_url, tmp_path):
+    values = [CALM, "data.augment.mixup=0.8", "compute.workers=1"]
+    for name, more in (("a", []), ("b", ["compute.microbatch_size=7", "compute.readers=2"])):
+        train_on(1, tiny_config(digits_url, *values, *more), (tmp_path / name).as_uri())
+    one, other = (losses((tmp_path / name).as_uri()) for name in "ab")
+    assert other == pytest.approx(one, abs=1e-5)

@@ -30,7 +30,7 @@ PERSON = b"vitscale block 1"
 """Of the digest, 16 bytes; another for another format."""
 TEMPORARY = ".tmp-"
 LOW_WATER = 0.9
-"""Part of the limit that eviction leaves, since it has to look at every file: 2 µs each."""
+"""Part of the limit that eviction leaves, since it has to look at every file: 7 µs each."""
 
 
 class BlockFolder:

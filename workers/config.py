@@ -92,6 +92,10 @@ class AugmentConfig(Part):
     cutmix: float = Field(default=0.0, ge=0)
     """Likewise for cutmix; where both are above 0, each global batch gets one of them by a fair coin."""
 
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
 
 class MixedSource(Part):
     """A further set of training shards, of the same classes as the first."""

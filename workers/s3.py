@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 300.0
 FIRST_CONTACT_SECONDS = 15.0
 """The same for a server that never answered this process: whoever mistypes an address is told soon."""
 WRONG_ANSWERS = 3
-"""Answers to something else than was asked, after which the server, rather than chance, is to blame."""
+"""Answers in a row to something else than was asked, after which the server, not chance, is to blame."""
 SHORTEST_WAIT, LONGEST_WAIT = 0.1, 10.0
 """Seconds: the bound of the first random wait, which doubles, and of all."""
 TELL_AFTER, TELL_EVERY = 5.0, 60.0
@@ -231,16 +231,15 @@ class _Patience:
         self._client = client
         self._seconds = seconds
         self._stopped = stopped or (lambda: False)
-        self._wrong_answers = 0
         self.renew()
 
     def renew(self) -> None:
         self._since = time.monotonic()
-        self._failures = 0
+        self._failures = self._wrong_answers = 0
 
     def wait(self, error: Unavailable) -> None:
         """Some time, at random, so that many readers do not come back at once; raises if it is enough."""
-        self._wrong_answers += isinstance(error, WrongAnswer)
+        self._wrong_answers = self._wrong_answers + 1 if isinstance(error, WrongAnswer) else 0
         if self._wrong_answers == WRONG_ANSWERS:
             raise DataError(str(error)) from error
         waited = time.monotonic() - self._since

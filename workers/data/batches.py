@@ -33,7 +33,8 @@ class Batch:
     """(n,) float32: 1, or 0 for what does not count: padding, which repeats the first sample to give all
     ranks the same n, and bad samples of a validation set."""
     slots: torch.Tensor
-    """(n,) int64: source and lane of each row; which rows share a slot does not depend on the world size."""
+    """(n,) int64: source and lane of each row, -1 for padding; which rows share a slot does not depend on the
+    world size."""
     ids: npt.NDArray[np.uint64]
     """(n,) ids of the index; of the samples that are due, whatever stands in for them."""
     num_real: int
@@ -67,9 +68,9 @@ class Arrays:
 
     def batch(self, num_real: int) -> Batch:
         """Padded after so many rows. Shares this memory."""
-        for array in (self.images, self.labels, self.ids, self.slots):
+        for array in (self.images, self.labels, self.ids):
             array[num_real:] = array[0] if num_real else 0
-        self.weights[num_real:] = 0
+        self.weights[num_real:], self.slots[num_real:] = 0, -1
         return Batch(
             images=torch.from_numpy(self.images),
             labels=torch.from_numpy(self.labels),

@@ -34,7 +34,7 @@ def mix(
     of the partner, of 1 - share of the area, around a random point into the row. Nothing waits for the
     device.
     """
-    if not augment.mixup and not augment.cutmix:
+    if not augment.mixes:
         return images, _one_hot(labels, num_classes)
     rng = _rng(seed, step)
     use_cutmix = augment.cutmix > 0 and (not augment.mixup or rng.random() < 0.5)

@@ -142,8 +142,12 @@ def _crop_box(width: int, height: int, min_scale: float, min_ratio: float, rng: 
 
 
 def _read_crop(picture: Picture, box: Box, size: int) -> Pixels:
-    """(h, w, C), a view. Where the picture is decoded smaller, the box moves to whole pixels of that, which
-    is less than a third of a pixel of the result: half of one of them, of which there are 1.5 in it."""
+    """(h, w, C), a view, with at least `size` pixels a side if the box has them.
+
+    Where the picture is decoded smaller, the box moves to whole pixels of that: by less than a third of a
+    pixel of the result, or less than one in a turned picture. With the box so moved, the median PSNR to
+    what full size gives is 51 dB for 224 pixels of 1800 x 1200, and 46 dB for 96 pixels of 464 x 348.
+    """
     left, top, right, bottom = box
     pixels, shrink = read_pixels(picture, shrink_for((bottom - top) / size, (right - left) / size))
     if shrink > 1:

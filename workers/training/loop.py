@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from workers.config import InitConfig, RunConfig, make_config
 from workers.data.batches import Batch
 from workers.data.index import DatasetIndex
+from workers.data.mixing import mix
 from workers.data.mixture import Source
 from workers.data.quarantine import to_json
-from workers.data.samples import StageTimes
+from workers.data.samples import Cache, StageTimes
 from workers.data.stream import TrainStream
 from workers.errors import ConfigError
 from workers.models import build_model
@@ -101,6 +102,8 @@ def _train_under(
         augment=config.data.augment,
         prefetch_batches=config.compute.prefetch_batches,
         prefetch_bytes=config.compute.prefetch_bytes,
+        cache=_cache(config),
+        readers=config.compute.readers,
         decode_threads=_decode_threads(config),
     )
     meter = Meter(device)
@@ -144,8 +147,15 @@ def _train_under(
 
 
 def _decode_threads(config: RunConfig) -> int:
-    """One per core; below some 64 px the interpreter is the limit and more threads only slow it down."""
-    return config.compute.cpus_per_worker if config.model.image_size >= 64 else 1
+    """One per core that is left to each reader; below some 64 px the interpreter is the limit and more
+    threads only slow it down."""
+    threads = config.compute.cpus_per_worker // max(1, config.compute.readers)
+    return max(1, threads) if config.model.image_size >= 64 else 1
+
+
+def _cache(config: RunConfig) -> Cache | None:
+    directory = config.compute.cache_directory
+    return Cache(directory, config.compute.cache_bytes) if directory else None
 
 
 def _initial_model(config: RunConfig) -> nn.Module:
@@ -174,17 +184,28 @@ def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
     config, device = state.config, state.device
     global_batch_size = config.train.global_batch_size
     totals = torch.zeros(3, device=device)
-    for images, targets, sample_weights in _microbatches(batch, config.compute.microbatch_size):
-        labels, weights = targets.to(device), sample_weights.to(device)
-        logits = state.model(normalize(images.to(device)))
-        losses = F.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=config.optim.label_smoothing
+    images, targets = batch.images.to(device), batch.labels.to(device)
+    labels, weights = targets, batch.weights.to(device)
+    if config.data.augment.mixes:
+        images, targets = mix(
+            images,
+            labels,
+            batch.slots.to(device),
+            augment=config.data.augment,
+            seed=config.seed,
+            step=state.step,
+            num_classes=config.model.num_classes,
         )
-        loss = (losses * weights).sum() / global_batch_size
+    for rows in _microbatches(len(labels), config.compute.microbatch_size):
+        logits = state.model(normalize(images[rows]))
+        losses = F.cross_entropy(
+            logits, targets[rows], reduction="none", label_smoothing=config.optim.label_smoothing
+        )
+        loss = (losses * weights[rows]).sum() / global_batch_size
         # FSDP averages gradients over ranks; the gradient of the global batch is their sum.
         torch.autograd.backward(loss * dist.get_world_size())
         totals[0] += loss.detach()
-        totals[1] += ((logits.argmax(dim=1) == labels) * weights).sum() / global_batch_size
+        totals[1] += ((logits.argmax(dim=1) == labels[rows]) * weights[rows]).sum() / global_batch_size
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
     totals[2] = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / dist.get_world_size()
     for group in state.optimizer.param_groups:
@@ -194,11 +215,10 @@ def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
     return totals
 
 
-def _microbatches(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    size = size or len(batch.labels)
-    for start in range(0, len(batch.labels), size):
-        part = slice(start, start + size)
-        yield batch.images[part], batch.labels[part], batch.weights[part]
+def _microbatches(num_rows: int, size: int | None) -> Iterator[slice]:
+    size = size or num_rows
+    for start in range(0, num_rows, size):
+        yield slice(start, start + size)
 
 
 def _check_finite(values: Mapping[str, float], state: TrainState) -> None:

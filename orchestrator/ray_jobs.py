@@ -1,0 +1,110 @@
+"""Ray's Jobs API: submit, look at, stop; its many errors told as ours."""
+
+import contextlib
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from orchestrator.site import Site
+from workers.errors import DataError, root_cause
+
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 30.0
+"""How long Ray's head may be too busy to answer before following a job ends."""
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+LOG_LINES = 15
+JOB_ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",
+    # Ray asks its workers every 2 s whether they have ended or died; a killed one costs less so.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A job that is stopped says so in MLflow; Ray's 3 s are too few for that.
+    "RAY_JOB_STOP_WAIT_TIME_S": "20",
+    # MLflow's client would wait 120 s for a server that hangs, and at the end of a run somebody waits for it.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""Of every process of a job, with the site's settings. Ray shows it to whoever asks: nothing secret."""
+
+
+class RayJobs:
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        with self.errors():
+            self._client = JobSubmissionClient(site.ray)
+
+    def all(self) -> dict[str, JobDetails]:
+        with self.errors():
+            return {job.submission_id: job for job in self._client.list_jobs() if job.submission_id}
+
+    def submit(self, module: str, arguments: Sequence[str], job: str, metadata: Mapping[str, str]) -> None:
+        """Start `module` on the cluster, unless a job of that name is there already."""
+        # `python` and not this process's own: the cluster's nodes have theirs elsewhere.
+        entrypoint = ["python", "-P", "-m", module, *arguments]
+        with self.errors():
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(entrypoint),
+                    submission_id=job,
+                    runtime_env={"env_vars": self._site.settings() | JOB_ENVIRONMENT},
+                    metadata=dict(metadata),
+                )
+            except RuntimeError as error:
+                # The same command, given twice, submitted it a moment ago.
+                if "already exists" not in str(error):
+                    raise
+
+    def details(self, job: str) -> JobDetails:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with self.errors():
+                    return self._client.get_job_info(job)
+            except DataError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_SECONDS)
+
+    def stop(self, job: str) -> None:
+        """And wait for its end."""
+        with self.errors():
+            self._client.stop_job(job)
+            while self._client.get_job_status(job) not in ENDED:
+                time.sleep(POLL_SECONDS)
+
+    def log_tail(self, job: str, details: JobDetails) -> str:
+        """Of the driver; if it never came to write one, what Ray has to say."""
+        with contextlib.suppress(DataError), self.errors():
+            lines = re.sub(r"\x1b\[[\d;]*m", "", self._client.get_job_logs(job)).splitlines()
+            if lines:
+                return "\n".join(lines[-LOG_LINES:])
+        return details.message or ""
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError as error:
+            raise DataError(
+                f"Ray at {self._site.ray} refused the token; name its file in the site's ray_token_file"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            # After a traceback of the server's, the last line says what happened.
+            reason = str(root_cause(error)).strip().rpartition("\n")[2]
+            raise DataError(
+                f"Ray at {self._site.ray} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
+            ) from error
+
+
+def next_job(prefix: str, jobs: Mapping[str, JobDetails]) -> tuple[str, bool]:
+    """The running job of this name, or the name of a new one; and whether it runs.
+
+    Jobs of a name are numbered, and Ray keeps only so many that have ended."""
+    earlier = [job for job in jobs if re.fullmatch(rf"{re.escape(prefix)}-\d+", job)]
+    for job in earlier:
+        if jobs[job].status not in ENDED:
+            return job, True
+    number = max((int(job.rpartition("-")[2]) for job in earlier), default=-1) + 1
+    return f"{prefix}-{number}", False
