@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .bench/venv
+PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast down clean
+.PHONY: help setup quickstart check test test-fast bench-data down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +40,18 @@ test: check  ## check, then all tests
 test-fast: check  ## check, then the tests that start no services: about a minute
 	@echo "== pytest, without services"
 	$(BIN)/pytest -m "not services"
+
+bench-data: $(READY) $(PEERS_READY)  ## the data plane against its peers; needs Ceph: tests/benchmarks/README.md
+	$(BIN)/python -m tests.benchmarks.data $(ARGS)
+	$(BIN)/python -m tests.benchmarks.data_resume
+	$(BIN)/python -m tests.benchmarks.data_memory
+
+$(PEERS_READY): tests/benchmarks/peers.txt
+	@$(BIN)/python -m tests.benchmarks.rgw --check
+	@echo "== installing the peers into $(PEERS), two minutes and 2 GB"
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/benchmarks/peers.txt
+	@touch $(PEERS_READY)
 
 clean:  ## end the services and delete the virtual environment; data in .vitscale stays
 	test ! -x $(BIN)/vitscale || $(BIN)/vitscale down

@@ -461,7 +461,7 @@ def killed_build(tmp_path: Path, url: str, workers: int) -> list[int]:
     process = subprocess.Popen([sys.executable, str(script), url, str(workers)])
     try:
         deadline = time.monotonic() + 60
-        while len(list(folder(url).glob("_vitscale/journal/*"))) < 2:
+        while len(journal(url)) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -472,10 +472,14 @@ def killed_build(tmp_path: Path, url: str, workers: int) -> list[int]:
     return [int(child) for child in children]
 
 
+def journal(url: str) -> list[str]:
+    """Keys of its segments."""
+    return [info.key for info in open_store(url).list("_vitscale/journal/")]
+
+
 def journaled(url: str) -> set[int]:
     """Marks of the shards in all segments."""
-    store = open_store(url)
-    keys = [info.key for info in store.list("_vitscale/journal/")]
+    store, keys = open_store(url), journal(url)
     (identity,) = {key.rpartition("/")[2].partition("-")[0] for key in keys}
     segments = Journal(store, "_vitscale", identity).read(keys)
     return {int(entry) for segment in segments for entry in segment.entries["mark"]}
@@ -496,7 +500,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, reads: list[str], w
     index = build_index(url)
     assert set(reads) == {info.key for info in infos} - finished
     assert len(reads) == len(set(reads)), "each once"
-    assert not list(folder(url).glob("_vitscale/journal/*"))
+    assert not journal(url)
     clean = build_index(copied(url, tmp_path / "clean"))
     assert (index.fingerprint, index.id_sum) == (clean.fingerprint, clean.id_sum)
     assert contents(index) == contents(clean)

@@ -53,7 +53,7 @@ def set_values(config, *overrides):
 
 
 def make_order(config):
-    return inputs.make_order(config, DatasetIndex.open(config.data.url))
+    return inputs.make_order(config.data, DatasetIndex.open(config.data.url), config.seed)
 
 
 class RecordingStream(TrainStream):

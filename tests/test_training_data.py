@@ -12,7 +12,6 @@ from workers.errors import ConfigError, DataError
 from workers.storage import open_store
 from workers.training.metrics import EventReader
 
-
 CALM = "optim.learning_rate=0.001"
 """At ten times this rate the order of float additions shows after some ten steps."""
 

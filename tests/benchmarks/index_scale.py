@@ -64,7 +64,9 @@ def simulate(url: str, num_shards: int) -> None:
 
 
 def measure_opening(url: str) -> tuple[float, float, float, float]:
-    """Seconds, those of CPU, growth of resident memory over the bare import and at its peak, MB."""
+    """In a fresh process: seconds, those of CPU, growth of resident memory over the bare import, its peak.
+
+    Memory in MB."""
     command = [sys.executable, "-c", OPEN, url]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
     seconds, cpu, growth, peak = done.stdout.split()

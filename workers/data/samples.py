@@ -21,7 +21,7 @@ from workers.data.order import Positions
 from workers.data.shards import Shard
 from workers.data.tar import split_name, walk
 from workers.errors import DataError
-from workers.storage import NotFound, Truncated, open_store
+from workers.storage import NotFound, Store, Truncated, open_store
 
 MAX_GAP_BYTES = 64 << 10
 """Unwanted bytes between two ranges that are read through: cheaper than another request of 10 ms."""
@@ -48,8 +48,8 @@ class Samples(Protocol):
 
     @property
     def shards(self) -> Sequence[Shard]: ...
-    def fetch_rows(self, ordinals: Positions) -> tuple[np.ndarray, np.ndarray]:
-        """Shard numbers, int32 (n,), and rows, SAMPLE (n,), of ascending ordinals."""
+    def fetch_rows(self, ordinals: Positions, store: Store | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers, int32 (n,), and rows, SAMPLE (n,), of ascending ordinals; read by `store`."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class SampleReader:
     def read(self, ordinals: Positions) -> list[RawSample]:
         """The samples of ascending `ordinals`, (n,), in that order; neighbours come in one request."""
         started = time.perf_counter()
-        numbers, rows = self._data.fetch_rows(ordinals)
+        numbers, rows = self._data.fetch_rows(ordinals, self._store)
         self._times.add(fetch=time.perf_counter() - started)
         samples: list[RawSample] = []
         for run in runs(numbers, rows):
@@ -125,7 +125,7 @@ class SampleReader:
 
     def key(self, ordinal: int) -> tuple[str, str]:
         """Shard and key of a sample, for a person to find it; reads the sample."""
-        numbers, rows = self._data.fetch_rows(np.array([ordinal], np.int64))
+        numbers, rows = self._data.fetch_rows(np.array([ordinal], np.int64), self._store)
         shard, row = self._data.shards[int(numbers[0])], rows[0]
         try:
             record = self._store.read_range(shard.name, int(row["offset"]), int(row["size"]), shard.etag)

@@ -101,30 +101,32 @@ class Subset:
     def shards(self) -> Sequence[Shard]:
         return self.index.shards
 
-    def fetch_rows(self, ordinals: Positions) -> tuple[np.ndarray, np.ndarray]:
+    def fetch_rows(self, ordinals: Positions, store: Store | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Shard numbers, int32 (n,), and rows, SAMPLE (n,), of ascending ordinals of the subset."""
         parts = []
         breaks = np.flatnonzero((np.diff(ordinals) > MAX_GAP_ROWS) | (np.diff(ordinals // PART_ROWS) > 0))
         for run in np.split(ordinals, breaks + 1):
             first = int(run[0])
-            parts.append(self._read_rows(first, int(run[-1]) - first + 1)[run - first])
+            read = self._read_rows(store or self._store, first, int(run[-1]) - first + 1)
+            parts.append(read[run - first])
         rows = np.concatenate(parts)
         return rows["shard"].astype(np.int32), np.ascontiguousarray(rows["sample"])
 
-    def _read_rows(self, start: int, count: int) -> np.ndarray:
+    def _read_rows(self, store: Store, start: int, count: int) -> np.ndarray:
         """Rows of one object."""
         key, width = _rows_key(self.fingerprint, start // PART_ROWS), STORED.itemsize
-        data = self._store.read_range(key, start % PART_ROWS * width, count * width)
-        stored = np.frombuffer(data, STORED)
-        rows = np.ascontiguousarray(stored["row"])
-        wrong = np.flatnonzero(stored["check"] != _checks(rows, start, self.fingerprint))
-        if len(wrong):
-            where = join_url(self.url, key)
-            raise DataError(
-                f"{where}: row {start % PART_ROWS + wrong[0]} is damaged; delete {_folder(self.fingerprint)} "
-                "there, and it will be built again"
-            )
-        return rows
+        for _ in range(2):  # what the network has damaged comes right the second time
+            data = store.read_range(key, start % PART_ROWS * width, count * width)
+            stored = np.frombuffer(data, STORED)
+            rows = np.ascontiguousarray(stored["row"])
+            wrong = np.flatnonzero(stored["check"] != _checks(rows, start, self.fingerprint))
+            if not len(wrong):
+                return rows
+        where = join_url(self.url, key)
+        raise DataError(
+            f"{where}: row {start % PART_ROWS + wrong[0]} is damaged; delete {_folder(self.fingerprint)} "
+            "there, and it will be built again"
+        )
 
     @functools.cached_property
     def _store(self) -> Store:

@@ -55,13 +55,12 @@ def make_sources(config: RunConfig, indexes: list[DatasetIndex], device: torch.d
     sources = []
     for index, count in zip(indexes, counts, strict=True):
         samples = index if data.subset is None else _subset(index, data, device)
-        order = make_order(config, samples)
+        order = make_order(data, samples, config.seed)
         sources.append(Source.of(samples, order, count, max_bad_fraction=data.max_bad_fraction))
     return sources
 
 
-def make_order(config: RunConfig, samples: Samples) -> Order:
-    data = config.data
+def make_order(data: DataConfig, samples: Samples, seed: int) -> Order:
     chunk_samples = data.chunk_samples
     if chunk_samples is None:
         fitting = CHUNK_BYTES * samples.num_samples // max(1, samples.num_bytes)
@@ -69,7 +68,7 @@ def make_order(config: RunConfig, samples: Samples) -> Order:
     return Order.for_dataset(
         samples.fingerprint,
         samples.num_samples,
-        seed=config.seed,
+        seed=seed,
         lanes=data.lanes,
         chunk_samples=chunk_samples,
         window_chunks=data.window_chunks,
