@@ -71,7 +71,7 @@ class Source:
 
 @dataclass
 class Collector:
-    """Gathers items whose labels are names or numbers; 170 bytes each with ImageNet's names, 370 at the peak."""
+    """Gathers items whose labels are names or numbers; 170 bytes each for ImageNet, 370 at the peak."""
 
     where: str
     """The source, for messages."""
