@@ -163,11 +163,12 @@ def _here(
 ) -> list[dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     function = functools.partial(read_share, url, order, batch_size)
-    for task, result in run_all(function, tasks, num_bytes=DatasetIndex.open(url).num_bytes):
-        if isinstance(result, DataError):
-            raise result
-        results[json.dumps(task)] = result
-        progress(len(results), len(tasks))
+    with run_all(function, tasks, num_bytes=DatasetIndex.open(url).num_bytes) as outcomes:
+        for task, result in outcomes:
+            if isinstance(result, DataError):
+                raise result
+            results[json.dumps(task)] = result
+            progress(len(results), len(tasks))
     return [results[json.dumps(task)] for task in tasks]
 
 
