@@ -19,8 +19,8 @@ def map_in_processes(
         return
     count = min(processes, len(arguments))
     run = functools.partial(run_task, name)
-    with run_all(run, arguments, num_bytes=0, workers=count) as results:
-        for _, result in results:
+    with run_all(run, arguments, num_bytes=0, workers=count) as outcomes:
+        for _, result in outcomes:
             if isinstance(result, DataError):
                 raise result
             done(result)

@@ -27,9 +27,9 @@ from tests.benchmarks.contender import BATCH, SIZE, Measurement, Source, measure
 from workers.config import AugmentConfig, DataConfig
 from workers.data.index import DatasetIndex
 from workers.data.mixture import Source as MixedSource
+from workers.data.mixture import make_order
 from workers.data.stream import TrainStream
 from workers.data.transforms import sample_rng, train_transform
-from workers.training.inputs import make_order
 
 CONTENDERS = [
     *("vitscale-memory", "vitscale"),
