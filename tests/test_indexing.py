@@ -628,6 +628,7 @@ def test_the_command(tmp_path: Path):
         "image_key": "png",
         "label": "cls",
         "classes": ["dog", "cat"],
+        "subset": None,
     }
     (tmp_path / "classes.json").write_text("[]")
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
