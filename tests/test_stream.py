@@ -130,7 +130,7 @@ def stock_samples(*paths):
 
 
 class Watched(FileStore):
-    """A store that notes what is read, can damage what it reads first, and can delay."""
+    """A store that notes what is read of shards, can damage what it reads first, and can delay."""
 
     def __init__(self, url, num_damaged, is_open):
         super().__init__(Path(urllib.parse.urlsplit(url).path))
@@ -144,6 +144,8 @@ class Watched(FileStore):
         self.asked.set()
         assert self.gate.wait(30)
         data = super().read_range(key, start, length, etag)
+        if key.startswith("_vitscale/"):
+            return data
         with contextlib.suppress(KeyError):
             self.damaged.pop()
             data = data[:100] + bytes([data[100] ^ 1]) + data[101:]
