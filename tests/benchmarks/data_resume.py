@@ -15,7 +15,8 @@ from typing import Any
 from tests.benchmarks import ours, results, rgw
 from tests.benchmarks.data import BUCKET, prepare, run_cores, serving
 from tests.benchmarks.relay import Read, Relay
-from workers.data.index import DatasetIndex, build_index
+from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.storage import join_url
 
 SET = "a"

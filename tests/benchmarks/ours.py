@@ -25,13 +25,15 @@ import torch
 
 from tests.benchmarks import photos
 from tests.benchmarks.contender import BATCH, SIZE, Measurement, Source, measure, report
-from workers.config import AugmentConfig, DataConfig
+from workers.config import AugmentConfig
 from workers.data.index import DatasetIndex
+from workers.data.mixture import Source as Mixed
 from workers.data.order import Order
 from workers.data.stream import TrainStream
-from workers.data.transforms import decode, sample_rng, train_transform
+from workers.data.transforms import sample_rng, train_transform
+from workers.training.inputs import CHUNK_BYTES
 
-CONTENDERS = ["vitscale-memory", "vitscale", "vitscale-2-threads", "vitscale-2-processes"]
+CONTENDERS = ["vitscale-memory", "vitscale", "vitscale-2-threads", "vitscale-2-readers", "vitscale-2-ranks"]
 
 SEED = 0
 
@@ -39,36 +41,42 @@ SEED = 0
 class Blocks(NamedTuple):
     """How the order deals samples out; DataConfig's defaults."""
 
-    lanes: int = DataConfig.model_fields["lanes"].default
-    chunk_samples: int = DataConfig.model_fields["chunk_samples"].default
-    window_chunks: int = DataConfig.model_fields["window_chunks"].default
+    lanes: int = 8
+    chunk_samples: int | None = None
+    window_chunks: int = 8
 
 
+DEFAULT = Blocks()
 SMALL = Blocks(lanes=4, chunk_samples=16, window_chunks=2)
 """For small sets, of which DataConfig's windows would hold a whole epoch."""
 
 
 def make_order(index: DatasetIndex, blocks: Blocks) -> Order:
-    return Order.for_dataset(index.fingerprint, index.num_samples, seed=SEED, **blocks._asdict())
+    return Order.for_dataset(
+        index.fingerprint,
+        index.num_samples,
+        seed=SEED,
+        lanes=blocks.lanes,
+        chunk_samples=blocks.chunk_samples or CHUNK_BYTES * index.num_samples // index.num_bytes,
+        window_chunks=blocks.window_chunks,
+    )
 
 
 def open_stream(
     index: DatasetIndex,
     *,
-    blocks: Blocks = Blocks(),  # noqa: B008 - immutable
+    blocks: Blocks = DEFAULT,
     batch: int = BATCH,
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    decode_threads: int = 1,
     image_size: int = SIZE,
+    **settings: int,
 ) -> TrainStream:
-    """Batches of `batch` per rank, digests verified, RandomResizedCrop and flip."""
+    """Batches of `batch` per rank, digests verified, RandomResizedCrop and flip, no local cache."""
+    source = Mixed.of(index, make_order(index, blocks), batch * world_size, max_bad_fraction=0)
     return TrainStream(
-        index,
-        make_order(index, blocks),
-        subset=None,
-        global_batch_size=batch * world_size,
+        [source],
         rank=rank,
         world_size=world_size,
         start_step=start_step,
@@ -76,20 +84,21 @@ def open_stream(
         channels=3,
         augment=AugmentConfig(),
         prefetch_batches=2,
-        decode_threads=decode_threads,
+        **settings,
     )
 
 
 def decode_batches(files: list[bytes]) -> Iterator[torch.Tensor]:
     """The stream's way from bytes to batches, without the stream: endless."""
-    augment = AugmentConfig().model_dump()
+    augment = AugmentConfig()
     for epoch in itertools.count():
         for start in range(0, len(files) - BATCH + 1, BATCH):
             images = np.zeros((BATCH, 3, SIZE, SIZE), np.uint8)
             for row in range(BATCH):
                 rng = sample_rng(SEED, epoch, start + row)
-                image = decode(files[start + row], channels=3)
-                images[row] = train_transform(image, size=SIZE, rng=rng, **augment)
+                train_transform(
+                    files[start + row], size=SIZE, channels=3, augment=augment, rng=rng, out=images[row]
+                )
             yield torch.from_numpy(images)
 
 
@@ -98,10 +107,11 @@ def run(contender: str, source: Source, skip: int, images: int) -> Measurement:
     if contender == "vitscale-memory":
         files = [jpeg for shard in source.shards for _, jpeg, _ in photos.read(Path(source.folder, shard))]
         return measure(decode_batches(files), BATCH, images)
-    if contender == "vitscale-2-processes":
+    if contender == "vitscale-2-ranks":
         return _run_ranks(source.url, skip // 2, images // 2)
-    threads = 2 if contender == "vitscale-2-threads" else 1
-    with contextlib.closing(open_stream(DatasetIndex.open(source.url), decode_threads=threads)) as stream:
+    settings = {"vitscale-2-threads": {"decode_threads": 2}, "vitscale-2-readers": {"readers": 2}}
+    stream = open_stream(DatasetIndex.open(source.url), **settings.get(contender, {}))
+    with contextlib.closing(stream):
         return measure((batch.images for batch in stream), skip, images)
 
 
@@ -147,10 +157,8 @@ def consumed(index: DatasetIndex, blocks: Blocks, position: int) -> list[tuple[s
     """Shard, first byte and end of the samples before a position of the first epoch."""
     numbers, rows = index.records(0, index.num_samples)
     before = make_order(index, blocks).samples(np.arange(position, dtype=np.int64))
-    return [
-        (index.shards[numbers[at]].name, int(rows["offset"][at]), int(rows["offset"][at] + rows["size"][at]))
-        for at in before
-    ]
+    starts, stops = rows["offset"], rows["offset"] + rows["size"]
+    return [(index.shards[int(numbers[at])].name, int(starts[at]), int(stops[at])) for at in before]
 
 
 def window_bytes(index: DatasetIndex, blocks: Blocks) -> float:
