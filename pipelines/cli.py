@@ -153,6 +153,7 @@ def down(directory: Directory = Path(".vitscale")) -> None:
 app.command()(data_commands.ingest)
 app.command()(data_commands.index)
 app.command()(data_commands.verify)
+app.command()(data_commands.selftest)
 
 
 @app.command()

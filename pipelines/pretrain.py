@@ -97,5 +97,7 @@ def _resolve(config: RunConfig) -> RunConfig:
     values = config.model_dump(mode="json")
     values["model"]["num_classes"] = len(index.classes)
     values["data"]["fingerprint"] = index.fingerprint
+    for source in values["data"]["mix"]:
+        source["fingerprint"] = DatasetIndex.open(source["url"]).fingerprint
     values["data"]["validation_fingerprint"] = validation.fingerprint
     return make_config(values)

@@ -216,7 +216,7 @@ def _name_data(data: str) -> str:
     """Where the images go in the bucket: folders of one name may differ, and the images in one may change."""
     if data == DIGITS:
         return data
-    images = sorted(item.name for item in open_source(data).items)
+    images = sorted(open_source(data).items["name"].to_pylist())
     digest = hashlib.sha256("\0".join([str(Path(data).resolve()), *images]).encode(errors="surrogateescape"))
     name = re.sub(r"[^a-z0-9]+", "-", Path(data).stem.lower())[:40].strip("-")
     return f"{name or 'images'}-{digest.hexdigest()[:8]}"

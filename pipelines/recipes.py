@@ -51,8 +51,8 @@ def facts_at(url: str, validation_url: str) -> DataFacts:
     if train.classes != validation.classes:
         raise ConfigError(f"{url} and {validation_url} name different classes; index both with the same ones")
     return DataFacts(
-        url=train.url,
-        validation_url=validation.url,
+        url=train.source,
+        validation_url=validation.source,
         fingerprint=train.fingerprint,
         validation_fingerprint=validation.fingerprint,
         num_images=train.num_samples,

@@ -1,5 +1,6 @@
 """Building the index: what is read again and what is not, after changes, failures and a SIGKILL."""
 
+import gc
 import io
 import json
 import os
@@ -296,6 +297,20 @@ def test_what_was_read_before_a_failure_is_not_read_again(tiny_url: str, reads: 
     assert build_index(tiny_url).num_samples == 13
     assert reads == []
     assert not list(folder(tiny_url).glob("_vitscale/journal/*"))
+
+
+def test_reads_that_are_given_up_leave_nothing_to_the_garbage_collector(tmp_path: Path):
+    """Their threads, ended by it under a lock of threading's, once waited for themselves."""
+    for number in range(30):
+        (tmp_path / f"{number:02d}.tar").write_bytes(b"PK" * 3000)
+    threshold = gc.get_threshold()
+    gc.set_threshold(30)
+    try:
+        for _ in range(50):
+            with pytest.raises(DataError, match="30 of 30"):
+                build_index(tmp_path.as_uri())
+    finally:
+        gc.set_threshold(*threshold)
 
 
 def test_a_store_that_is_down_is_not_asked_for_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -32,13 +32,14 @@ from workers.config import InitConfig, make_config, override
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.data.mixture import Source
+from workers.data.mixture import make_order as make_order_of
 from workers.data.stream import TrainStream
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.models import build_model
 from workers.models.positions import resample_position_embedding
 from workers.models.weights import HEAD
 from workers.storage import open_store
-from workers.training import inputs, loop
+from workers.training import loop
 from workers.training.commits import CommitLog
 from workers.training.optim import learning_rate
 
@@ -53,7 +54,7 @@ def set_values(config, *overrides):
 
 
 def make_order(config):
-    return inputs.make_order(config, DatasetIndex.open(config.data.url))
+    return make_order_of(config.data, DatasetIndex.open(config.data.url), config.seed)
 
 
 class RecordingStream(TrainStream):

@@ -19,10 +19,11 @@ def map_in_processes(
         return
     count = min(processes, len(arguments))
     run = functools.partial(run_task, name)
-    for _, result in run_all(run, arguments, num_bytes=0, workers=count):
-        if isinstance(result, DataError):
-            raise result
-        done(result)
+    with run_all(run, arguments, num_bytes=0, workers=count) as outcomes:
+        for _, result in outcomes:
+            if isinstance(result, DataError):
+                raise result
+            done(result)
 
 
 def run_task(name: str, arguments: Sequence[Any]) -> int:

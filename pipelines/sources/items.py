@@ -71,7 +71,7 @@ class Source:
 
 @dataclass
 class Collector:
-    """Gathers items whose labels are names or numbers; 150 bytes each, so 10 million fit a workstation."""
+    """Gathers items whose labels are names or numbers; 170 bytes each for ImageNet, 370 at the peak."""
 
     where: str
     """The source, for messages."""
@@ -140,7 +140,8 @@ class Collector:
             return classes, {label: label for label in labels}
         texts = sorted({str(label) for label in self._codes})
         if self.class_map is None:
-            return tuple(texts), {label: texts.index(str(label)) for label in self._codes}
+            numbers = {text: number for number, text in enumerate(texts)}
+            return tuple(texts), {label: numbers[str(label)] for label in self._codes}
         for label in self._codes:
             if str(label) not in self.class_map:
                 raise DataError(

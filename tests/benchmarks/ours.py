@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -25,58 +24,42 @@ import torch
 
 from tests.benchmarks import photos
 from tests.benchmarks.contender import BATCH, SIZE, Measurement, Source, measure, report
-from workers.config import AugmentConfig
+from workers.config import AugmentConfig, DataConfig
 from workers.data.index import DatasetIndex
-from workers.data.mixture import Source as Mixed
-from workers.data.order import Order
+from workers.data.mixture import Source as MixedSource
+from workers.data.mixture import make_order
 from workers.data.stream import TrainStream
 from workers.data.transforms import sample_rng, train_transform
-from workers.training.inputs import CHUNK_BYTES
 
-CONTENDERS = ["vitscale-memory", "vitscale", "vitscale-2-threads", "vitscale-2-readers", "vitscale-2-ranks"]
+CONTENDERS = [
+    *("vitscale-memory", "vitscale"),
+    *("vitscale-2-threads", "vitscale-2-readers", "vitscale-2-ranks"),
+]
 
 SEED = 0
 
 
-class Blocks(NamedTuple):
-    """How the order deals samples out; DataConfig's defaults."""
-
-    lanes: int = 8
-    chunk_samples: int | None = None
-    window_chunks: int = 8
-
-
-DEFAULT = Blocks()
-SMALL = Blocks(lanes=4, chunk_samples=16, window_chunks=2)
-"""For small sets, of which DataConfig's windows would hold a whole epoch."""
-
-
-def make_order(index: DatasetIndex, blocks: Blocks) -> Order:
-    return Order.for_dataset(
-        index.fingerprint,
-        index.num_samples,
-        seed=SEED,
-        lanes=blocks.lanes,
-        chunk_samples=blocks.chunk_samples or CHUNK_BYTES * index.num_samples // index.num_bytes,
-        window_chunks=blocks.window_chunks,
-    )
+DEFAULTS = DataConfig(url="", validation_url="")
+SMALL = DataConfig(url="", validation_url="", lanes=4, chunk_samples=16, window_chunks=2)
+"""For small sets, of which the default windows would hold a whole epoch."""
 
 
 def open_stream(
     index: DatasetIndex,
+    blocks: DataConfig = DEFAULTS,
     *,
-    blocks: Blocks = DEFAULT,
     batch: int = BATCH,
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    decode_threads: int = 1,
+    readers: int = 0,
     image_size: int = SIZE,
-    **settings: int,
 ) -> TrainStream:
-    """Batches of `batch` per rank, digests verified, RandomResizedCrop and flip, no local cache."""
-    source = Mixed.of(index, make_order(index, blocks), batch * world_size, max_bad_fraction=0)
+    """Batches of `batch` per rank, digests verified, RandomResizedCrop and flip."""
+    order = make_order(blocks, index, SEED)
     return TrainStream(
-        [source],
+        [MixedSource.of(index, order, batch * world_size, max_bad_fraction=0)],
         rank=rank,
         world_size=world_size,
         start_step=start_step,
@@ -84,7 +67,8 @@ def open_stream(
         channels=3,
         augment=AugmentConfig(),
         prefetch_batches=2,
-        **settings,
+        decode_threads=decode_threads,
+        readers=readers,
     )
 
 
@@ -109,8 +93,8 @@ def run(contender: str, source: Source, skip: int, images: int) -> Measurement:
         return measure(decode_batches(files), BATCH, images)
     if contender == "vitscale-2-ranks":
         return _run_ranks(source.url, skip // 2, images // 2)
-    settings = {"vitscale-2-threads": {"decode_threads": 2}, "vitscale-2-readers": {"readers": 2}}
-    stream = open_stream(DatasetIndex.open(source.url), **settings.get(contender, {}))
+    options = {"vitscale-2-threads": {"decode_threads": 2}, "vitscale-2-readers": {"readers": 2}}
+    stream = open_stream(DatasetIndex.open(source.url), **options.get(contender, {}))
     with contextlib.closing(stream):
         return measure((batch.images for batch in stream), skip, images)
 
@@ -153,18 +137,20 @@ def first_batch(url: str, position: int, batch: int) -> None:
         print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
-def consumed(index: DatasetIndex, blocks: Blocks, position: int) -> list[tuple[str, int, int]]:
+def consumed(index: DatasetIndex, blocks: DataConfig, position: int) -> list[tuple[str, int, int]]:
     """Shard, first byte and end of the samples before a position of the first epoch."""
     numbers, rows = index.records(0, index.num_samples)
-    before = make_order(index, blocks).samples(np.arange(position, dtype=np.int64))
-    starts, stops = rows["offset"], rows["offset"] + rows["size"]
-    return [(index.shards[int(numbers[at])].name, int(starts[at]), int(stops[at])) for at in before]
+    before = make_order(blocks, index, SEED).samples(np.arange(position, dtype=np.int64))
+    return [
+        (index.shards[numbers[at]].name, int(rows["offset"][at]), int(rows["offset"][at] + rows["size"][at]))
+        for at in before
+    ]
 
 
-def window_bytes(index: DatasetIndex, blocks: Blocks) -> float:
+def window_bytes(index: DatasetIndex, blocks: DataConfig) -> float:
     """Mean bytes of one window of every lane."""
     _, rows = index.records(0, index.num_samples)
-    return float(rows["size"].mean()) * blocks.lanes * blocks.chunk_samples * blocks.window_chunks
+    return float(rows["size"].mean()) * blocks.lanes * (blocks.chunk_samples or 0) * blocks.window_chunks
 
 
 def memory(url: str, epochs: list[int]) -> None:

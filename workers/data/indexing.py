@@ -206,18 +206,19 @@ def _read_shards(build: _Build, progress: Progress | None) -> None:
     num_bytes = int(np.array(listing.sizes, np.int64)[numbers].sum())
     tasks = map(build.task, numbers.tolist())
     try:
-        for task, outcome in run_all(index_shard, tasks, num_bytes=num_bytes, workers=build.workers):
-            if isinstance(outcome, DataError):
-                problems[task.info.key] = str(outcome)
-                failures += not isinstance(outcome, UnusableShard)
-                if failures == MAX_FAILURES or isinstance(outcome, Unavailable):
-                    break
-            else:
-                build.take(task.number, outcome)
-                build.journal.add(int(build.marks[task.number]), outcome)
-            done += 1
-            if progress:
-                progress(done, count)
+        with run_all(index_shard, tasks, num_bytes=num_bytes, workers=build.workers) as outcomes:
+            for task, outcome in outcomes:
+                if isinstance(outcome, DataError):
+                    problems[task.info.key] = str(outcome)
+                    failures += not isinstance(outcome, UnusableShard)
+                    if failures == MAX_FAILURES or isinstance(outcome, Unavailable):
+                        break
+                else:
+                    build.take(task.number, outcome)
+                    build.journal.add(int(build.marks[task.number]), outcome)
+                done += 1
+                if progress:
+                    progress(done, count)
     finally:
         build.journal.flush()
     if len(problems) == 1:
@@ -259,10 +260,11 @@ def _rewritten(
     """What `function` makes of the records of these shards."""
     num_bytes = int(build.rows["num_samples"][numbers].sum()) * STORED.itemsize
     tasks = map(build.task, numbers.tolist())
-    for task, outcome in run_all(function, tasks, num_bytes=num_bytes, workers=build.workers):
-        if isinstance(outcome, DataError):
-            raise outcome
-        yield task.number, outcome
+    with run_all(function, tasks, num_bytes=num_bytes, workers=build.workers) as outcomes:
+        for task, outcome in outcomes:
+            if isinstance(outcome, DataError):
+                raise outcome
+            yield task.number, outcome
 
 
 def _index(build: _Build, classes: tuple[str, ...]) -> DatasetIndex:
@@ -293,9 +295,10 @@ def _stale(store: Store, index: DatasetIndex, pieces: Sequence[str]) -> Iterator
 
 
 def _delete(store: Store, keys: Iterable[str]) -> None:
-    for _, outcome in run_all(store.delete, keys, num_bytes=0):
-        if isinstance(outcome, DataError):
-            raise outcome
+    with run_all(store.delete, keys, num_bytes=0) as outcomes:
+        for _, outcome in outcomes:
+            if isinstance(outcome, DataError):
+                raise outcome
 
 
 def _find(

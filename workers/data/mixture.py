@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from workers.config import DataConfig
 from workers.data.index import DatasetIndex
 from workers.data.order import Order, Positions
 from workers.data.proof import EpochTally
 from workers.data.quarantine import Ledger
 from workers.data.subset import Subset
 from workers.errors import ConfigError, DataError
+
+CHUNK_BYTES = 4 << 20
+CHUNK_SAMPLES = range(16, 1025)
+"""However large or small images are."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,21 @@ class Source:
     def share(self, world_size: int) -> int:
         """The most samples that one rank contributes to a global batch."""
         return self.count // self.order.lanes * -(-self.order.lanes // world_size)
+
+
+def make_order(data: DataConfig, samples: DatasetIndex | Subset, seed: int) -> Order:
+    chunk_samples = data.chunk_samples
+    if chunk_samples is None:
+        fitting = CHUNK_BYTES * samples.num_samples // max(1, samples.num_bytes)
+        chunk_samples = min(max(fitting, CHUNK_SAMPLES.start), CHUNK_SAMPLES.stop - 1)
+    return Order.for_dataset(
+        samples.fingerprint,
+        samples.num_samples,
+        seed=seed,
+        lanes=data.lanes,
+        chunk_samples=chunk_samples,
+        window_chunks=data.window_chunks,
+    )
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """One task per shard, on all cores: results as they come, never more than a few tasks ahead."""
 
 import concurrent.futures
+import contextlib
+import inspect
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from workers.errors import DataError
@@ -21,17 +23,19 @@ MIN_PROCESS_BYTES = 256 << 20
 """To be read in all before processes pay: each takes a second to start, which reads and digests 0.4 GB."""
 
 
+@contextlib.contextmanager
 def run_all(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
     *,
     num_bytes: int,
     workers: int | None = None,
-) -> Iterator[tuple[Task, Result | DataError]]:
+) -> Iterator[Iterator[tuple[Task, Result | DataError]]]:
     """Each task with its result, or with the DataError that it ended in, in the order of completion.
 
     In processes if `workers` are asked for or the `num_bytes` to be read are worth it. Both function and
-    tasks are pickled then, and the main module must be importable, as for all of multiprocessing.
+    tasks are pickled then, and the main module must be importable, as for all of multiprocessing. Whoever
+    leaves before the end ends the processes.
     """
     cores = len(os.sched_getaffinity(0))
     if workers is None:
@@ -44,15 +48,15 @@ def run_all(
             workers, multiprocessing.get_context("spawn"), initializer=_follow_parent
         )
     others = set(multiprocessing.active_children())
+    outcomes = _run(executor, function, tasks, workers * AHEAD)
     try:
-        yield from _run(executor, function, tasks, workers * AHEAD)
+        yield outcomes
     except concurrent.futures.BrokenExecutor:
         raise DataError("a process that was reading shards died (out of memory?); run it again") from None
-    except BaseException:
-        for child in set(multiprocessing.active_children()) - others:
-            child.terminate()
-        raise
     finally:
+        if inspect.getgeneratorstate(outcomes) != inspect.GEN_CLOSED:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
         executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -61,7 +65,7 @@ def _run(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
     ahead: int,
-) -> Iterator[tuple[Task, Result | DataError]]:
+) -> Generator[tuple[Task, Result | DataError], None, None]:
     waiting: dict[concurrent.futures.Future[Result | DataError], Task] = {}
     source = iter(tasks)
     exhausted = False
@@ -98,11 +102,19 @@ def _follow_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def read_ahead(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same pieces, the next one being fetched while one is worked on; holds two."""
+@contextlib.contextmanager
+def read_ahead(pieces: Iterable[bytes]) -> Iterator[Iterator[bytes]]:
+    """The same pieces, the next one being fetched while one is worked on; holds two.
+
+    A context, for its thread must end here: ended by the garbage collector, which runs in any thread and
+    under any lock, it can wait for itself."""
     source = iter(pieces)
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, source, None)
-        while (piece := coming.result()) is not None:
+
+        def ahead() -> Iterator[bytes]:
             coming = thread.submit(next, source, None)
-            yield piece
+            while (piece := coming.result()) is not None:
+                coming = thread.submit(next, source, None)
+                yield piece
+
+        yield ahead()

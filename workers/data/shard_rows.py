@@ -55,8 +55,9 @@ def index_shard(task: ShardTask) -> ShardRow:
     whole = hashlib.sha256()
     labels = Labels(task.layout, task.classes)
     rows = bytearray()
-    for sample in samples(info.key, _digested(read_ahead(pieces(store, info)), whole)):
-        rows += _row(info.key, sample, task.layout, labels)
+    with read_ahead(pieces(store, info)) as data:
+        for sample in samples(info.key, _digested(data, whole)):
+            rows += _row(info.key, sample, task.layout, labels)
     names = tuple(labels.names) if task.classes is None else ()
     row = _write(store, task, np.frombuffer(rows, SAMPLE), whole.hexdigest(), names)
     return ShardRow(row, labels.named, names)

@@ -88,21 +88,21 @@ def verify(
     tasks = _tasks(index, decode)
     num_bytes = int(index.shards.rows["size"].sum())
     rewritten = 0
-    outcomes = run_all(verify_shard, tasks, num_bytes=num_bytes, workers=workers)
-    for done, (task, found) in enumerate(outcomes, 1):
-        if isinstance(found, DataError):
-            total.problems.append(Problem(task.shard.name, str(found)))
-            in_a_row += 1
-            if in_a_row == MAX_FAILURES or isinstance(found, Unavailable):
-                raise DataError(f"{in_a_row} shards in a row cannot be read, the last because: {found}")
-        else:
-            in_a_row = 0
-            total.problems += found.problems
-            total.num_bytes += found.num_bytes
-            total.num_decoded += found.num_decoded
-            rewritten += found.rewritten
-        if progress:
-            progress(done, count)
+    with run_all(verify_shard, tasks, num_bytes=num_bytes, workers=workers) as outcomes:
+        for done, (task, found) in enumerate(outcomes, 1):
+            if isinstance(found, DataError):
+                total.problems.append(Problem(task.shard.name, str(found)))
+                in_a_row += 1
+                if in_a_row == MAX_FAILURES or isinstance(found, Unavailable):
+                    raise DataError(f"{in_a_row} shards in a row cannot be read, the last because: {found}")
+            else:
+                in_a_row = 0
+                total.problems += found.problems
+                total.num_bytes += found.num_bytes
+                total.num_decoded += found.num_decoded
+                rewritten += found.rewritten
+            if progress:
+                progress(done, count)
     return VerifyReport(
         url=url,
         fingerprint=index.fingerprint,
@@ -126,9 +126,10 @@ def verify_shard(task: ShardCheck) -> Findings:
     numbers = set(range(len(rows)) if task.decoded is None else task.decoded)
     samples = _Samples(rows, numbers)
     whole = hashlib.sha256()
-    for piece in read_ahead(pieces(store, info)):
-        whole.update(piece)
-        samples.take(piece)
+    with read_ahead(pieces(store, info)) as data:
+        for piece in data:
+            whole.update(piece)
+            samples.take(piece)
     told = [Problem(shard.name, what, byte=byte) for what, byte in _size(info, shard, samples)]
     told += [
         Problem(shard.name, what, _key(store, info, row), int(row["offset"]))

@@ -5,16 +5,10 @@ import torch.distributed as dist
 
 from workers.config import DataConfig, RunConfig
 from workers.data.index import DatasetIndex
-from workers.data.mixture import Source, share_out
-from workers.data.order import Order
-from workers.data.samples import Samples
+from workers.data.mixture import Source, make_order, share_out
 from workers.data.subset import Subset, build_subset
 from workers.errors import ConfigError, DataError
 from workers.training.parallel import first_text
-
-CHUNK_BYTES = 4 << 20
-CHUNK_SAMPLES = range(16, 1025)
-"""However large or small images are."""
 
 
 def open_data(config: RunConfig) -> tuple[list[DatasetIndex], DatasetIndex]:
@@ -55,25 +49,9 @@ def make_sources(config: RunConfig, indexes: list[DatasetIndex], device: torch.d
     sources = []
     for index, count in zip(indexes, counts, strict=True):
         samples = index if data.subset is None else _subset(index, data, device)
-        order = make_order(config, samples)
+        order = make_order(data, samples, config.seed)
         sources.append(Source.of(samples, order, count, max_bad_fraction=data.max_bad_fraction))
     return sources
-
-
-def make_order(config: RunConfig, samples: Samples) -> Order:
-    data = config.data
-    chunk_samples = data.chunk_samples
-    if chunk_samples is None:
-        fitting = CHUNK_BYTES * samples.num_samples // max(1, samples.num_bytes)
-        chunk_samples = min(max(fitting, CHUNK_SAMPLES.start), CHUNK_SAMPLES.stop - 1)
-    return Order.for_dataset(
-        samples.fingerprint,
-        samples.num_samples,
-        seed=config.seed,
-        lanes=data.lanes,
-        chunk_samples=chunk_samples,
-        window_chunks=data.window_chunks,
-    )
 
 
 def _open(field: str, url: str, expected: str | None) -> DatasetIndex:
