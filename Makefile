@@ -45,6 +45,7 @@ bench-data: $(READY) $(PEERS_READY)  ## the data plane against its peers; needs 
 	$(BIN)/python -m tests.benchmarks.data $(ARGS)
 	$(BIN)/python -m tests.benchmarks.data_resume
 	$(BIN)/python -m tests.benchmarks.data_memory
+	$(BIN)/python -m tests.benchmarks.index_scale
 
 $(PEERS_READY): tests/benchmarks/peers.txt
 	@$(BIN)/python -m tests.benchmarks.rgw --check

@@ -23,7 +23,7 @@ from typing import Any
 from tests.benchmarks import ours, photos, results, rgw
 from tests.benchmarks.contender import BATCH, Source
 from tests.benchmarks.data_report import report
-from workers.data.index import build_index
+from workers.data.indexing import build_index
 from workers.storage import ensure_bucket, join_url, open_store
 
 PEER_PYTHON = results.BENCH / "venv" / "bin" / "python"
@@ -31,6 +31,8 @@ PEERS = ("webdataset", "mosaicml", "litdata", "energon", "spdl")
 CONVERTED = ("mosaicml", "litdata", "energon")
 """Peers that read a format of their own; the others read the tars."""
 BUCKET = "s3://bench"
+OWN_EPOCHS = 2
+"""Images of our own contenders, in those of the others: small sets are read in bursts of an epoch."""
 WARM = "warm"
 """The set that peers run over before the clock starts."""
 
@@ -147,7 +149,7 @@ def _measured(one: Contender, server: rgw.Server, args: argparse.Namespace) -> d
     with tempfile.TemporaryDirectory(prefix="vitscale-bench-") as scratch:
         source = _source(args.set, one.format, Path(scratch, "data"))
         if one.module == "ours":
-            words = [source, photos.SETS[args.set].images, args.images]
+            words = [source, photos.SETS[args.set].images, OWN_EPOCHS * args.images]
         else:
             words = [_source(WARM, one.format, Path(scratch, "warm")), source, args.images]
         command = [one.python, "-m", f"tests.benchmarks.{one.module}", "run", one.name, *words]

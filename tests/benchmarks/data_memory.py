@@ -10,7 +10,7 @@ import sys
 
 from tests.benchmarks import results, rgw
 from tests.benchmarks.data import BUCKET, prepare, run_cores, serving
-from workers.data.index import build_index
+from workers.data.indexing import build_index
 from workers.storage import join_url
 
 SET = "small"

@@ -15,7 +15,8 @@ from typing import Any
 from tests.benchmarks import ours, results, rgw
 from tests.benchmarks.data import BUCKET, prepare, run_cores, serving
 from tests.benchmarks.relay import Read, Relay
-from workers.data.index import DatasetIndex, build_index
+from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.storage import join_url
 
 SET = "a"
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     args = parser.parse_args()
-    record = results.Record("data-resume", {"set": SET, "blocks": ours.SMALL}, fresh=args.fresh)
+    record = results.Record("data-resume", {"set": SET, "blocks": ours.SMALL.model_dump()}, fresh=args.fresh)
     runs = [(f"{number} {cut}", cut) for number in (*range(args.rounds), "counted") for cut in CUTS]
     todo = [(key, cut) for key, cut in runs if key not in record.rows]
     if todo:
