@@ -30,8 +30,10 @@ SHORTEST_WAIT, LONGEST_WAIT = 0.1, 10.0
 """Seconds: the bound of the first random wait, which doubles, and of all."""
 TELL_AFTER, TELL_EVERY = 5.0, 60.0
 """Seconds of an outage until it is logged, and between two such lines."""
-READ_PIECE = 1 << 16
-"""Bytes; what came of a piece is lost when the connection is reset. Smaller ones cost CPU."""
+READ_PIECE = 1 << 18
+"""Bytes; what came of a piece is lost when the connection is reset. Each costs 20 µs of CPU."""
+PROGRESS = 1 << 16
+"""Bytes in an answer that broke off from which on the store counts as there."""
 
 
 class WrongAnswer(Unavailable):
@@ -78,15 +80,15 @@ class S3Store:
         download = _Download(join_url(self.url, key), start, length, etag)
         patience = self._patiently(download.where)
         while not download.is_complete:
-            had = len(download.data)
+            had = download.size
             try:
                 self._get_more(key, download)
             except Unavailable as error:
                 # Else a server that breaks off after a few bytes each time would be asked forever.
-                if len(download.data) - had >= READ_PIECE:
+                if download.size - had >= PROGRESS:
                     patience.renew()
                 patience.wait(error)
-        return bytes(download.data)
+        return b"".join(download.pieces)
 
     def _get_more(self, key: str, download: "_Download") -> None:
         """Until the body ends or breaks off; what came stays in the download."""
@@ -100,7 +102,7 @@ class S3Store:
             download.check(response)
             with client.errors(where):
                 for piece in body.iter_chunks(READ_PIECE):
-                    download.data += piece
+                    download.add(piece)
                     if self._stopped and self._stopped():
                         raise _given_up(where)
         download.check_end()
@@ -177,18 +179,25 @@ class _Download:
         self.start = start
         self.length = length
         self.etag = etag
-        self.data = bytearray()
+        self.pieces: list[bytes] = []
+        self.size = 0
+        """Bytes of all pieces."""
         self._checked = 0
+        """Pieces that came before this answer."""
+
+    def add(self, piece: bytes) -> None:
+        self.pieces.append(piece)
+        self.size += len(piece)
 
     @property
     def is_complete(self) -> bool:
-        return len(self.data) == self.length
+        return self.size == self.length
 
     @property
     def range(self) -> str:
         """Of what is missing."""
         end = "" if self.length is None else self.start + self.length - 1
-        return f"bytes={self.start + len(self.data)}-{end}"
+        return f"bytes={self.start + self.size}-{end}"
 
     def check(self, response: Any) -> None:
         """That an answer is the missing bytes of this version; its body may be read then."""
@@ -197,7 +206,7 @@ class _Download:
             raise WrongAnswer(f"{self.where}: the object store does not say which version (ETag) it sends")
         if self.etag is not None and _bare(etag) != _bare(self.etag):
             raise Changed(self.where)
-        at = self.start + len(self.data)
+        at = self.start + self.size
         first, last, size = _sent_range(response) or (None, None, None)
         is_part = response["ResponseMetadata"]["HTTPStatusCode"] == 206
         if is_part and size is not None and self.length is not None and size < self.start + self.length:
@@ -209,15 +218,16 @@ class _Download:
         self.length = length
         # Only now: what an answer that is refused says of the version counts for nothing.
         self.etag = self.etag or etag
-        self._checked = len(self.data)
+        self._checked = len(self.pieces)
 
     def check_end(self) -> None:
         """After a body that ended as if it were complete."""
         assert self.length is not None
-        if len(self.data) > self.length:
-            del self.data[self._checked :]
+        if self.size > self.length:
+            del self.pieces[self._checked :]
+            self.size = sum(map(len, self.pieces))
             raise WrongAnswer(f"{self.where}: the object store sends more bytes than it was asked for")
-        if len(self.data) < self.length:
+        if self.size < self.length:
             raise Unavailable(f"{self.where}: the object store sends fewer bytes than it said")
 
 

@@ -133,6 +133,8 @@ def _boto_client(environment: Mapping[str, str], retries: bool, read_timeout: fl
         connect_timeout=10,
         read_timeout=60 if retries else read_timeout,
     )
+    # Nobody reads when an object was last modified; making a date of it takes 50 µs of each answer.
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
     import boto3
 
     return boto3.session.Session(botocore_session=session).client(

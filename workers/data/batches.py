@@ -55,7 +55,7 @@ class Arrays:
 
     def __init__(self, size: int, shape: tuple[int, int, int], buffer: memoryview | None = None) -> None:
         """`shape` of an image."""
-        memory = memoryview(bytearray(self.num_bytes(size, shape))) if buffer is None else buffer
+        memory = buffer or np.empty(self.num_bytes(size, shape), np.uint8).data
         start = size * math.prod(shape)
         self.images = np.frombuffer(memory[:start], np.uint8).reshape(size, *shape)
         wide = [memory[start + 8 * size * nth :][: 8 * size] for nth in range(4)]

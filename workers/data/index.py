@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from workers.data.layout import Layout
 from workers.data.location import Location, locate
+from workers.data.pages import Pages
 from workers.data.shards import ShardTable, read_table
 from workers.errors import ConfigError, DataError
 from workers.storage import NotFound, Store, join_url, open_store
@@ -39,7 +40,7 @@ SAMPLE = np.dtype(
 )
 """One sample. `id`: first 8 bytes of blake2b(shard name, NUL, key). `offset`, `size`: byte range in the
 shard of all records of its members. `image_offset` counts from the shard's start, too. `digest`:
-blake2b-16 of the bytes of that range."""
+the first 16 bytes of blake3 of that range."""
 
 STORED = np.dtype([("sample", SAMPLE), ("check", "V8")])
 """A row of a records object: 64 bytes."""
@@ -115,8 +116,8 @@ class DatasetIndex:
         return hash((self.source, self.fingerprint))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the store, which holds connections."""
-        return {name: value for name, value in vars(self).items() if name != "_store"}
+        """Without what holds connections and locks."""
+        return {name: value for name, value in vars(self).items() if name not in ("_store", "_pages")}
 
     def check_layout(self, image_key: str | None, label: str | None) -> None:
         """ConfigError if data.image_key or data.label, where given, are not those of the index."""
@@ -168,16 +169,21 @@ class DatasetIndex:
         shard = self.shards[number]
         key, width = records_key(self.home, shard.name, shard.records_sha256), STORED.itemsize
         for _ in range(2):  # what the network has damaged comes right the second time
-            data = store.read_range(key, row * width, count * width)
+            data = self._pages.read(store, key, shard.num_samples * width, row * width, count * width)
             rows, wrong = unpack_rows(data, row, shard.sha256)
             if not len(wrong):
                 return rows
+            self._pages.forget(key)
         where = join_url(self.url, key)
         raise DataError(f"{where}: row {wrong[0]} is damaged; run `vitscale index {self.source}`")
 
     @functools.cached_property
     def _store(self) -> Store:
         return open_store(self.url)
+
+    @functools.cached_property
+    def _pages(self) -> Pages:
+        return Pages()
 
 
 def fingerprint(classes: Sequence[str], shards: ShardTable) -> str:

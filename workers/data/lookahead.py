@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ class Load:
 def train_loads(order: Order, position: int, slots: range, mean_bytes: float) -> Iterator[Load]:
     """All that the owner of these slots needs from `position` on, in the order of need."""
     size = max(order.chunk_samples, int(LOAD_BYTES / mean_bytes))
-    for number, block in enumerate(order.blocks(position)):
+    number = 0
+    for block in order.blocks(position):
         first = max(block.start, position)
         positions = order.owned(range(first, block.stop), slots)
         ordinals = order.samples(positions)
@@ -41,6 +43,7 @@ def train_loads(order: Order, position: int, slots: range, mean_bytes: float) ->
         for start in range(0, len(ascending), size):
             piece = ascending[start : start + size]
             yield Load(number, first, positions[piece], ordinals[piece])
+        number += len(positions) > 0
 
 
 def validation_loads(own: range, mean_bytes: float) -> Iterator[Load]:
@@ -67,7 +70,9 @@ class Lookahead:
         self._pending: dict[int, concurrent.futures.Future[dict[int, RawSample]]] = {}
         """By position, those of one load share a future."""
         self._block = 0
-        """The last one that was needed."""
+        """Where the samples that are taken come from."""
+        self._starts: deque[int] = deque()
+        """First positions of the blocks after that one that are being read."""
         self._bytes = 0.0
         """Of samples held, and by estimate of those under way."""
         self._lock = threading.Lock()
@@ -75,9 +80,12 @@ class Lookahead:
     def take(self, positions: Sequence[int]) -> list[RawSample]:
         """The samples at ascending `positions`; they are no longer held then."""
         last = positions[-1] if positions else -1
+        while self._starts and self._starts[0] <= last:
+            self._block += 1
+            self._starts.popleft()
         while self._next is not None and (self._next.start <= last or self._may_begin(self._next)):
-            if self._next.start <= last:
-                self._block = self._next.block
+            if self._next.block == self._block + 1 + len(self._starts):
+                self._starts.append(self._next.start)
             self._count(self._estimate(self._next))
             future = self._pool.submit(self._read, self._next)
             self._pending.update(dict.fromkeys(self._next.positions.tolist(), future))

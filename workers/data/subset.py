@@ -19,6 +19,7 @@ import numpy as np
 
 from workers.data.index import SAMPLE, DatasetIndex
 from workers.data.order import Positions, permute, round_keys
+from workers.data.pages import Pages
 from workers.data.proof import MODULUS, id_sum
 from workers.data.samples import runs
 from workers.data.shards import Shard
@@ -116,12 +117,14 @@ class Subset:
         """Rows of one object."""
         key, width = _rows_key(self.fingerprint, start // PART_ROWS), STORED.itemsize
         for _ in range(2):  # what the network has damaged comes right the second time
-            data = store.read_range(key, start % PART_ROWS * width, count * width)
+            rows_here = min(PART_ROWS, self.num_samples - start // PART_ROWS * PART_ROWS)
+            data = self._pages.read(store, key, rows_here * width, start % PART_ROWS * width, count * width)
             stored = np.frombuffer(data, STORED)
             rows = np.ascontiguousarray(stored["row"])
             wrong = np.flatnonzero(stored["check"] != _checks(rows, start, self.fingerprint))
             if not len(wrong):
                 return rows
+            self._pages.forget(key)
         where = join_url(self.url, key)
         raise DataError(
             f"{where}: row {start % PART_ROWS + wrong[0]} is damaged; delete {_folder(self.fingerprint)} "
@@ -131,6 +134,10 @@ class Subset:
     @functools.cached_property
     def _store(self) -> Store:
         return open_store(self.url)
+
+    @functools.cached_property
+    def _pages(self) -> Pages:
+        return Pages()
 
 
 def build_subset(

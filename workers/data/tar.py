@@ -5,13 +5,14 @@ this walk demands every byte: whole records, the end-of-archive marker, and zero
 decoded, unpickled or extracted here; only regular files in plain archives are accepted.
 """
 
-import hashlib
 import itertools
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
+
+from blake3 import blake3
 
 from workers.errors import DataError
 
@@ -72,7 +73,7 @@ class TarSample:
     size: int = 0
     """Bytes from `offset` to the end of its last member's padding."""
     digest: bytes = b""
-    """blake2b-16 of that range."""
+    """The first 16 bytes of blake3 of that range."""
     files: dict[str, Member] = field(default_factory=dict)
     """By extension, in small letters as stock webdataset has them."""
 
@@ -90,7 +91,7 @@ def samples(shard: str, pieces: Iterable[bytes]) -> Iterator[TarSample]:
     """The archive's samples in order; DataError names `shard` and the key that is at fault."""
     seen: set[str] = set()
     current: TarSample | None = None
-    running = hashlib.blake2b(digest_size=16)
+    running = blake3()
     for member in walk(shard, pieces):
         parts = split_name(member.name) if member.is_file else None
         if parts and (current is None or parts[0] != current.key):
@@ -103,7 +104,7 @@ def samples(shard: str, pieces: Iterable[bytes]) -> Iterator[TarSample]:
                 )
             seen.add(parts[0])
             current = TarSample(parts[0], member.offset)
-            running = hashlib.blake2b(digest_size=16)
+            running = blake3()
         # What lies amid a sample is in its range, what follows it is not: so a digest after each file.
         running.update(member.record)
         if parts and current:
@@ -116,7 +117,7 @@ def samples(shard: str, pieces: Iterable[bytes]) -> Iterator[TarSample]:
                     f"{shard}: sample {current.key!r} has more than {MAX_SAMPLE_BYTES} bytes, which a "
                     f"stream would have to hold at once; are dots in the names part of its key?"
                 )
-            current.digest = running.digest()
+            current.digest = running.digest(length=16)
     if current:
         yield current
 

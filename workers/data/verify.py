@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from workers.data.decode import decode as decode_image
 from workers.data.index import STORED, DatasetIndex, records_key, unpack_rows
@@ -175,7 +176,7 @@ class _Samples:
             self._start()
 
     def _start(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = blake3()
         self._image = bytearray()
         if self._next < len(self._rows):
             row = self._rows[self._next]
@@ -185,7 +186,7 @@ class _Samples:
 
     def _finish(self) -> None:
         row = self._rows[self._next]
-        if self._digest.digest() != row["digest"].tobytes():
+        if self._digest.digest(length=16) != row["digest"].tobytes():
             self.problems.append((f"bytes {self._offset} to {self._end} are not what was indexed", row))
         elif self._next in self._decoded:
             self.num_decoded += 1
