@@ -1,5 +1,5 @@
-import dataclasses
 import json
+import subprocess
 
 import pytest
 from typer.testing import CliRunner
@@ -7,9 +7,11 @@ from typer.testing import CliRunner
 import pipelines.selftest
 from pipelines.cli import app
 from pipelines.selftest import selftest_data
+from tests.test_cluster import VITSCALE
 from tests.test_training_data import damage
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
+from workers.storage import open_store
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +97,14 @@ def test_what_cannot_be_tried_is_refused(digits_url, options, message):
 @pytest.mark.services
 def test_on_the_cluster(services, digits_url, tmp_path):
     """Each reader is a task of a Ray job; what they found lies in the store for as long as it is needed."""
-    done = []
-    report = selftest_data(
-        f"{digits_url}/train", readers=(1, 2), cut=2, site=services, progress=lambda *at: done.append(at)
-    )
-    assert report.differences == () and report.epoch_proof
+    services.save(tmp_path / "site.yaml")
+    command = [VITSCALE, "selftest", "data", f"{digits_url}/train", "--readers", "1,2", "--cut", "2"]
+    command += ["--on-cluster", "--site", str(tmp_path / "site.yaml"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    report = json.loads(done.stdout)
     here = selftest_data(f"{digits_url}/train", readers=(1, 2), cut=2)
-    assert [dataclasses.replace(r, images_per_second=0) for r in report.readings] == [
-        dataclasses.replace(r, images_per_second=0) for r in here.readings
+    assert report["differences"] == [] and report["epoch_proof"] == here.epoch_proof
+    assert [(r["readers"], r["start"], tuple(r["digests"])) for r in report["readings"]] == [
+        (r.readers, r.start, r.digests) for r in here.readings
     ]
-    assert done[-1][0] == done[-1][1]
+    assert not list(open_store(services.runs).list("selftest/"))
