@@ -90,6 +90,10 @@ def _resolve(config: RunConfig) -> RunConfig:
     """With fingerprints and the number of classes as the data's indexes have them."""
     index = DatasetIndex.open(config.data.url)
     validation = DatasetIndex.open(config.data.validation_url)
+    if not index.classes or not validation.classes:
+        raise ConfigError(
+            f"{index.source}, {validation.source}: indexed without labels; run `vitscale index` with --label"
+        )
     if config.model.num_classes not in (0, len(index.classes)):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but {config.data.url} has {len(index.classes)}"

@@ -71,6 +71,9 @@ def selftest_data(
     progress: Callable[[int, int], None] | None = None,
 ) -> SelftestReport:
     """`readers` read in processes of this machine or, given a `site`, on its cluster."""
+    readers = sorted(set(readers))
+    if not readers or readers[0] < 1:
+        raise ConfigError(f"--readers {readers}: expected numbers from 1 on")
     index = DatasetIndex.open(url)
     lanes = max(LANES, *readers)
     batch_size = lanes * LANE_SAMPLES
@@ -79,10 +82,12 @@ def selftest_data(
         whole = index.num_samples <= EPOCH_IMAGES
         images = index.num_samples + 2 * batch_size if whole else DEFAULT_IMAGES
     steps = -(-images // batch_size)
-    if min(readers) < 1 or steps < 2:
-        raise ConfigError(f"--readers, --images: expected readers, and two batches of {batch_size} or more")
+    if steps < 2:
+        raise ConfigError(f"--images {images}: expected two batches of {batch_size} or more")
     if cut is None:
         cut = 1 + secrets.randbelow(steps - 1)
+    if not 0 < cut < steps:
+        raise ConfigError(f"--cut {cut}: expected one of the global batches 1 to {steps - 1}")
     tasks = [
         {"rank": rank, "world_size": count, "start": start, "stop": steps}
         for start in (0, cut)

@@ -85,8 +85,11 @@ def test_the_command(digits_url):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"readers": (0,)}, "--readers, --images: expected readers"),
+        ({"readers": (0,)}, "--readers .* expected numbers from 1 on"),
+        ({"readers": ()}, "--readers"),
         ({"images": 64}, "two batches of 64 or more"),
+        ({"cut": 0}, "--cut 0: expected one of the global batches 1 to 6"),
+        ({"cut": 7}, "--cut 7"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(digits_url, options, message):
@@ -98,7 +101,7 @@ def test_what_cannot_be_tried_is_refused(digits_url, options, message):
 def test_on_the_cluster(services, digits_url, tmp_path):
     """Each reader is a task of a Ray job; what they found lies in the store for as long as it is needed."""
     services.save(tmp_path / "site.yaml")
-    command = [VITSCALE, "selftest", "data", f"{digits_url}/train", "--readers", "1,2", "--cut", "2"]
+    command = [*VITSCALE, "selftest", "data", f"{digits_url}/train", "--readers", "1,2", "--cut", "2"]
     command += ["--on-cluster", "--site", str(tmp_path / "site.yaml"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     report = json.loads(done.stdout)

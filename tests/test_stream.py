@@ -454,8 +454,8 @@ def test_bad_samples_are_replaced_alike_at_any_world_size(damaged_index):
     def batches(world_size):
         shares, ledgers = [], []
         for rank in range(world_size):
-            source = make_source(damaged_index, max_bad_fraction=0.3)
-            shares.append(take(make_stream([source], rank=rank, world_size=world_size), 9))
+            source = make_source(damaged_index, batch_size=20, max_bad_fraction=0.3)
+            shares.append(take(make_stream([source], rank=rank, world_size=world_size), 5))
             ledgers.append(source.ledger)
         merged = [functools.reduce(dict.__or__, map(real, parts)) for parts in zip(*shares, strict=True)]
         return merged, {bad for ledger in ledgers for bad in ledger.entries()}

@@ -7,9 +7,12 @@ import pytest
 
 from pipelines.ingest import ingest
 from tests.runs import copy_cut, head_manifest, losses, tiny_config, train_on
+from workers.config import make_config, override
 from workers.data.index import DatasetIndex
+from workers.data.indexing import build_index
 from workers.errors import ConfigError, DataError
 from workers.storage import open_store
+from workers.training.commits import CommitLog
 from workers.training.metrics import EventReader
 
 CALM = "optim.learning_rate=0.001"
@@ -138,3 +141,65 @@ def test_microbatches_and_reader_processes_change_nothing(digits_url, tmp_path):
         train_on(1, tiny_config(digits_url, *values, *more), (tmp_path / name).as_uri())
     one, other = (losses((tmp_path / name).as_uri()) for name in "ab")
     assert other == pytest.approx(one, abs=1e-5)
+
+
+def test_prefetching_tells_of_no_bad_sample_before_its_batch_is_trained_on(own_digits, tmp_path):
+    damage(f"{own_digits}/train", *range(0, 300, 10))
+    entries = []
+    for number, more in enumerate([["compute.prefetch_batches=1"], ["compute.prefetch_batches=8"]]):
+        config = tiny_config(own_digits, "data.max_bad_fraction=0.5", *more, steps=1)
+        url = (tmp_path / str(number)).as_uri()
+        train_on(1, config, url)
+        entries.append(head_manifest(url).bad_samples[0])
+    assert entries[0] == entries[1] and 0 < len(entries[0]) < 15
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_budget_is_one_of_all_ranks_together(own_digits, store_url, world_size):
+    """30 of 309 are bad, 25 may be: no rank of four meets so many, but all of them do before the end."""
+    damage(f"{own_digits}/train", *range(0, 300, 10))
+    config = tiny_config(own_digits, "data.max_bad_fraction=0.0813", "train.checkpoint_every_images=960")
+    with pytest.raises(DataError, match=r"of 309 samples cannot be used, .* allows 25"):
+        train_on(world_size, config, store_url)
+    assert CommitLog(open_store(store_url)).head() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("compute.readers=5", r"compute\.readers 5: a worker has 4 of data\.lanes 8"),
+        ("compute.cache_directory={file}", r"compute\.cache_directory: .*file"),
+        ("compute.cache_bytes=1000", r"compute\.cache_directory: a cache of 1000 bytes is too small"),
+    ],
+)
+def test_a_mistake_in_compute_does_not_stop_whoever_trains(digits_url, store_url, tmp_path, change, message):
+    (tmp_path / "file").write_bytes(b"")
+    values = [f"compute.cache_directory={tmp_path / 'cache'}", change.format(file=tmp_path / "file")]
+    with pytest.raises(ConfigError, match=message):
+        train_on(2, tiny_config(digits_url, *values), store_url)
+    assert not list(open_store(store_url).list("leases/"))
+
+
+def test_a_cache_changes_nothing_and_spares_the_store(digits_url, tmp_path):
+    plain, cached = ((tmp_path / name).as_uri() for name in ("plain", "cached"))
+    train_on(1, tiny_config(digits_url), plain)
+    train_on(1, tiny_config(digits_url, f"compute.cache_directory={tmp_path / 'cache'}"), cached)
+    assert losses(cached) == losses(plain)
+    assert any((tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_data_without_labels_is_refused_before_training(own_digits, store_url, part):
+    config = tiny_config(own_digits)
+    build_index(f"{own_digits}/{part}", label="none")
+    free = ["data.fingerprint=null", "data.validation_fingerprint=null"]
+    config = make_config(override(config.model_dump(mode="json"), free))
+    with pytest.raises(
+        ConfigError, match=f"{part} was indexed without labels; run `vitscale index .*--label"
+    ):
+        train_on(1, config, store_url)
+
+
+def test_the_layout_of_a_configuration_must_be_that_of_the_index(digits_url, store_url):
+    with pytest.raises(ConfigError, match=r"data\.label is 'txt', but .*train was indexed with 'cls'"):
+        train_on(1, tiny_config(digits_url, "data.label=txt"), store_url)

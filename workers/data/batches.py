@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.data.quarantine import TRIES, BadSample, Ledger, substitutes
+from workers.data.quarantine import TRIES, BadSample, substitutes
 from workers.data.samples import RawSample, SampleReader, Samples, StageTimes
 from workers.data.transforms import DecodeTimes
 from workers.errors import DataError
@@ -39,6 +39,8 @@ class Batch:
     """(n,) ids of the index; of the samples that are due, whatever stands in for them."""
     num_real: int
     """Samples that are not padding; they come first."""
+    bad: tuple[tuple[int, BadSample], ...] = ()
+    """Samples of this batch that cannot be used, each with the number of its source."""
 
 
 class Row(NamedTuple):
@@ -66,7 +68,7 @@ class Arrays:
     def num_bytes(size: int, shape: tuple[int, int, int]) -> int:
         return size * (math.prod(shape) + 4 * 8)
 
-    def batch(self, num_real: int) -> Batch:
+    def batch(self, num_real: int, bad: Sequence[tuple[int, BadSample]]) -> Batch:
         """Padded after so many rows. Shares this memory."""
         for array in (self.images, self.labels, self.ids):
             array[num_real:] = array[0] if num_real else 0
@@ -78,6 +80,7 @@ class Arrays:
             slots=torch.from_numpy(self.slots),
             ids=self.ids,
             num_real=num_real,
+            bad=tuple(bad),
         )
 
 
@@ -89,64 +92,72 @@ class Assembler:
         self._times = times
         self._pool = single_threaded(threads, "vitscale-decode")
 
-    def fill(self, arrays: Arrays, rows: Sequence[Row], places: Sequence[int]) -> None:
-        """Each row at its place."""
+    def fill(self, arrays: Arrays, rows: Sequence[Row], places: Sequence[int]) -> list[tuple[int, BadSample]]:
+        """Each row at its place; those that cannot be used, with their sources."""
 
-        def fill(first: int) -> None:
-            times = DecodeTimes()
+        def fill(first: int) -> list[tuple[int, BadSample]]:
+            times, found = DecodeTimes(), []
             for at in range(first, len(rows), self._threads):
                 row, place = rows[at], places[at]
-                label = row.decoder.decode(row, arrays.images[place], times)
+                label, bad = row.decoder.decode(row, arrays.images[place], times)
+                if bad:
+                    found.append((row.decoder.source, bad))
                 if label is None:
                     arrays.images[place] = 0
                 arrays.labels[place] = label or 0
                 arrays.weights[place] = label is not None
                 arrays.ids[place], arrays.slots[place] = row.raw.id, row.slot
             self._times.add(decode=times.decode, augment=times.augment)
+            return found
 
         if self._threads == 1:
-            fill(0)
-        else:
-            deque(self._pool.map(fill, range(self._threads)), maxlen=0)
+            return fill(0)
+        return [bad for found in self._pool.map(fill, range(self._threads)) for bad in found]
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Decoder:
-    """Decodes the samples of one data set and enters the bad ones into its ledger."""
+    """Decodes the samples of one data set, or what stands in for them."""
 
     def __init__(
-        self, data: Samples, reader: SampleReader, ledger: Ledger, transform: Transform, *, substitute: bool
+        self,
+        source: int,
+        data: Samples,
+        reader: SampleReader,
+        transform: Transform,
+        *,
+        substitute: bool,
     ) -> None:
-        """Without `substitute` a bad sample is left out."""
+        """`source`: number of the data set in the mix. Without `substitute` a bad sample is left out."""
+        self.source = source
         self._data = data
         self._reader = reader
-        self._ledger = ledger
         self._transform = transform
         self._substitute = substitute
+        self._names: dict[int, tuple[str, str]] = {}
+        """Shard and key of bad samples by ordinal."""
 
-    def decode(self, row: Row, out: Pixels, times: DecodeTimes) -> int | None:
-        """The label of what is in `out` then; None: left out."""
+    def decode(self, row: Row, out: Pixels, times: DecodeTimes) -> tuple[int | None, BadSample | None]:
+        """The label of what is in `out` then, None if it is left out; and what was wrong."""
         reason = self._try(row.raw, row, out, times)
         if not reason:
-            return row.raw.label
+            return row.raw.label, None
         if not self._substitute:
-            self._enter(row.raw, reason, None)
-            return None
+            return None, self._bad(row.raw, reason, None)
         for ordinal in substitutes(row.raw.ordinal, self._data.num_samples, self._data.fingerprint):
             (other,) = self._reader.read(np.array([ordinal], np.int64))
             if ordinal != row.raw.ordinal and not self._try(other, row, out, times):
-                self._enter(row.raw, reason, ordinal)
-                return other.label
-        shard, key = self._reader.key(row.raw.ordinal)
-        where = f"{self._data.url}/{shard}: sample {key!r}"
-        raise DataError(f"{where}: {reason}; and so are all {TRIES} that could replace it")
+                return other.label, self._bad(row.raw, reason, ordinal)
+        bad = self._bad(row.raw, reason, None)
+        raise DataError(f"{bad.where}: {reason}; and so are all {TRIES} that could replace it")
 
-    def _enter(self, raw: RawSample, reason: str, substitute: int | None) -> None:
-        if raw.ordinal not in self._ledger:
-            shard, key = self._reader.key(raw.ordinal)
-            self._ledger.add([BadSample(self._data.url, shard, key, raw.ordinal, reason, substitute)])
+    def _bad(self, raw: RawSample, reason: str, substitute: int | None) -> BadSample:
+        if raw.ordinal not in self._names:
+            self._names[raw.ordinal] = self._reader.key(raw.ordinal)
+        shard, key = self._names[raw.ordinal]
+        return BadSample(self._data.url, shard, key, raw.ordinal, reason, substitute)
 
     def _try(self, raw: RawSample, row: Row, out: Pixels, times: DecodeTimes) -> str:
         """Why it did not work."""

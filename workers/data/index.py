@@ -45,7 +45,7 @@ the first 16 bytes of blake3 of that range."""
 STORED = np.dtype([("sample", SAMPLE), ("check", "V8")])
 """A row of a records object: 64 bytes."""
 
-FORMAT = 2
+FORMAT = 3
 MAX_GAP_ROWS = 1024
 """Unwanted rows between two of a shard that are read through, 64 KB: cheaper than another request."""
 FIELDS = {

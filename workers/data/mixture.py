@@ -17,7 +17,7 @@ from workers.data.subset import Subset
 from workers.errors import ConfigError, DataError
 
 CHUNK_BYTES = 4 << 20
-CHUNK_SAMPLES = range(16, 1025)
+CHUNK_SAMPLES = range(1, 1025)
 """However large or small images are."""
 
 

@@ -106,9 +106,9 @@ class Order:
 
     def owned(self, positions: range, slots: range) -> Positions:
         """Those of consecutive positions that the owner of these slots has, ascending."""
-        every = np.arange(positions.start, positions.stop, dtype=np.int64)
-        slot = every % self.lanes
-        return every[(slot >= slots.start) & (slot < slots.stop)]
+        rounds = np.arange(positions.start // self.lanes, -(-positions.stop // self.lanes), dtype=np.int64)
+        own = (rounds[:, np.newaxis] * self.lanes + np.array(slots, np.int64)).ravel()
+        return own[(own >= positions.start) & (own < positions.stop)]
 
     def blocks(self, position: int) -> Iterator[range]:
         """Endless consecutive runs of positions, from the one that holds `position`.

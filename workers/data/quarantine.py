@@ -34,20 +34,21 @@ class BadSample:
     substitute: int | None
     """Ordinal of the sample in its place; None: it is left out, as in validation."""
 
+    @property
+    def where(self) -> str:
+        return f"{self.url}/{self.shard}: sample {self.key!r}"
+
 
 class Ledger:
     """The bad samples of one data set, each once; shared by all threads of a stream."""
 
     def __init__(self, num_samples: int, max_fraction: float) -> None:
-        self._limit = math.floor(max_fraction * num_samples)
+        self._limit = math.floor(max_fraction * num_samples + 1e-9)
         self._num_samples = num_samples
         self.max_fraction = max_fraction
         self._entries: dict[int, BadSample] = {}
         self._new: list[BadSample] = []
         self._lock = threading.Lock()
-
-    def __contains__(self, ordinal: int) -> bool:
-        return ordinal in self._entries
 
     def add(self, bad: Iterable[BadSample]) -> None:
         """DataError if there are too many now."""
@@ -71,9 +72,12 @@ class Ledger:
             return [self._entries[ordinal] for ordinal in sorted(self._entries)]
 
     def _too_many(self) -> str:
-        lines = [f"{bad.url}/{bad.shard}: sample {bad.key!r}: {bad.reason}" for bad in self._entries.values()]
+        lines = [f"{bad.where}: {bad.reason}" for bad in self._entries.values()]
         if len(lines) == 1:
-            return f"{lines[0]} (data.max_bad_fraction {self.max_fraction} allows no bad sample)"
+            return (
+                f"{lines[0]} (data.max_bad_fraction {self.max_fraction} allows no bad sample of "
+                f"{self._num_samples}; raise it to have another one stand in)"
+            )
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         return "\n  ".join(
             [

@@ -1,9 +1,13 @@
 """One reader process, see `workers.data.readers`; ends when its standard input does."""
 
+import contextlib
+import dataclasses
 import json
 import mmap
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -13,7 +17,6 @@ import torch
 from workers.config import AugmentConfig
 from workers.data.batches import Arrays, Assembler
 from workers.data.mixture import Source, restore
-from workers.data.quarantine import from_json, to_json
 from workers.data.samples import Cache, StageTimes
 from workers.data.shares import Share
 from workers.errors import VitscaleError
@@ -23,20 +26,23 @@ def main() -> None:
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed belongs into the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    code = 1
     try:
-        _serve(json.loads(sys.stdin.readline()), answers)
-    except VitscaleError as error:
-        _answer(answers, {"error": str(error)})
-    except BrokenPipeError:
-        pass
-    # Threads may wait for the store; nobody waits for them.
-    os._exit(0)
+        with contextlib.suppress(BrokenPipeError):  # of a parent that is gone
+            try:
+                _serve(json.loads(sys.stdin.readline()), answers)
+            except VitscaleError as error:
+                _answer(answers, {"error": str(error)})
+        code = 0
+    except Exception:  # noqa: BLE001 - for the log; the exit code tells the parent
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # threads may wait for the store; nobody waits for them
 
 
 def _serve(task: dict[str, Any], answers: TextIO) -> None:
     sources = [restore(values) for values in task["sources"]]
-    for source, bad in zip(sources, task["bad"], strict=True):
-        source.ledger.add(from_json(bad))
     rank_slots, slots = ([range(*own) for own in task[name]] for name in ("rank_slots", "slots"))
     buffers = _buffers(task["memory"])
     settings = task["settings"]
@@ -49,9 +55,9 @@ def _serve(task: dict[str, Any], answers: TextIO) -> None:
         request = json.loads(line)
         step = request["step"]
         rows = share.rows(step)
-        assembler.fill(buffers[request["buffer"]], rows, places(sources, step, rank_slots, slots))
-        bad = [to_json(source.ledger.take_new()) for source in sources]
-        _answer(answers, {"times": times.take().seconds(), "bad": bad})
+        bad = assembler.fill(buffers[request["buffer"]], rows, places(sources, step, rank_slots, slots))
+        told = [(number, dataclasses.asdict(one)) for number, one in bad]
+        _answer(answers, {"times": times.take().seconds(), "bad": told})
 
 
 def places(

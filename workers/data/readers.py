@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from workers.data.batches import Arrays, Batch
 from workers.data.mixture import Source, describe
-from workers.data.quarantine import from_json, to_json
+from workers.data.quarantine import BadSample
 from workers.data.samples import StageTimes
 from workers.errors import ConfigError, DataError
 
@@ -63,12 +64,18 @@ class Readers:
             self._arrays = [Arrays(size, shape, memory[at * width :][:width]) for at in range(depth)]
             task = {
                 "sources": [describe(source) for source in sources],
-                "bad": [to_json(source.ledger.entries()) for source in sources],
                 "rank_slots": [[own.start, own.stop] for own in slots],
                 "memory": {"file": file, "width": width, "buffers": depth, "size": size, "shape": shape},
                 "settings": {**settings, "start_step": start_step},
             }
-            self._processes = [_start(task, nth, processes, file) for nth in range(processes)]
+            self._processes: list[subprocess.Popen[str]] = []
+            # They end when their standard input does; also those of a stream that nobody closed.
+            self._finalizer = weakref.finalize(self, _end, self._processes)
+            for nth in range(processes):
+                self._processes.append(_start(task, nth, processes, file))
+        except BaseException:
+            self.close()
+            raise
         finally:
             os.close(file)
         self._ahead: deque[tuple[int, int]] = deque()
@@ -87,9 +94,10 @@ class Readers:
             raise self._error
         step, buffer = self._ahead.popleft()
         started = time.perf_counter()
+        bad: list[tuple[int, BadSample]] = []
         try:
             for process in self._processes:
-                self._receive(process)
+                bad += self._receive(process)
         except DataError as error:
             self._error = error
             raise
@@ -97,16 +105,12 @@ class Readers:
         num_real = sum(
             len(source.owned(step, own)) for source, own in zip(self._sources, self._slots, strict=True)
         )
-        batch = _copy(self._arrays[buffer].batch(num_real))
+        batch = _copy(self._arrays[buffer].batch(num_real, bad))
         self._send(step + len(self._arrays), buffer)
         return batch
 
     def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.communicate(timeout=END_SECONDS)
-        self._processes = []
+        _end(self._processes)
 
     def _send(self, step: int, buffer: int) -> None:
         line = json.dumps({"step": step, "buffer": buffer}) + "\n"
@@ -119,7 +123,7 @@ class Readers:
                 pass  # what it said before it ended comes first
         self._ahead.append((step, buffer))
 
-    def _receive(self, process: subprocess.Popen[str]) -> None:
+    def _receive(self, process: subprocess.Popen[str]) -> list[tuple[int, BadSample]]:
         assert process.stdout
         line = process.stdout.readline()
         if not line:
@@ -132,15 +136,14 @@ class Readers:
         if "error" in answer:
             raise DataError(answer["error"])
         self._times.add(**answer["times"])
-        for source, bad in zip(self._sources, answer["bad"], strict=True):
-            source.ledger.add(from_json(bad))
+        return [(number, BadSample(**bad)) for number, bad in answer["bad"]]
 
 
 def _start(task: dict[str, Any], nth: int, processes: int, file: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-m", "workers.data.reader_process"],
+        [sys.executable, "-P", "-m", "workers.data.reader_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -155,6 +158,13 @@ def _start(task: dict[str, Any], nth: int, processes: int, file: int) -> subproc
     return process
 
 
+def _end(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        process.kill()
+    while processes:
+        processes.pop().communicate(timeout=END_SECONDS)
+
+
 def split(slots: range, nth: int, parts: int) -> range:
     """The nth of so many parts, as equal as can be."""
     first, last = (slots.start + at * len(slots) // parts for at in (nth, nth + 1))
@@ -165,4 +175,4 @@ def _copy(batch: Batch) -> Batch:
     """In memory of its own, for the buffer is used again; 2 ms for 64 images of 224 pixels."""
     tensors = (batch.images, batch.labels, batch.weights, batch.slots)
     images, labels, weights, slots = (torch.clone(tensor) for tensor in tensors)
-    return Batch(images, labels, weights, slots, batch.ids.copy(), batch.num_real)
+    return Batch(images, labels, weights, slots, batch.ids.copy(), batch.num_real, batch.bad)

@@ -23,9 +23,11 @@ from workers.data.tar import split_name, walk
 from workers.errors import DataError
 from workers.storage import NotFound, Store, Truncated, open_store
 
-MAX_GAP_BYTES = 512 << 10
-"""Unwanted bytes between two ranges that are read through: a request costs 1.5 ms of CPU here and takes 10 to
-100 ms, in which so many bytes come as well."""
+MIN_GAP_BYTES, MAX_GAP_BYTES, MAX_GAP_SAMPLES = 64 << 10, 512 << 10, 4
+"""Unwanted bytes between two ranges that are read through, up to so many times the sample before: a request
+costs 1.5 ms of CPU here and takes 10 to 100 ms, in which they come as well."""
+MAX_RUN_BYTES = 16 << 20
+"""Of one request: bounds what is held besides the samples that are wanted."""
 
 
 class Samples(Protocol):
@@ -85,6 +87,11 @@ class Cache(NamedTuple):
 
     directory: str
     limit_bytes: int
+
+
+def check_cache(cache: Cache) -> None:
+    """ConfigError if it cannot be used on this node."""
+    CachedStore(open_store("file:///"), Path(cache.directory), cache.limit_bytes)
 
 
 class RawSample(NamedTuple):
@@ -178,9 +185,13 @@ class SampleReader:
 def runs(numbers: np.ndarray, rows: np.ndarray) -> list[slice]:
     """Ascending samples that are read in one request each: of one shard, with small gaps at most."""
     ends = rows["offset"] + rows["size"]
-    near = (numbers[1:] == numbers[:-1]) & (rows["offset"][1:] <= ends[:-1] + MAX_GAP_BYTES)
-    borders = [0, *(np.flatnonzero(~near) + 1).tolist(), len(rows)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(borders)]
+    gaps = np.clip(MAX_GAP_SAMPLES * rows["size"][:-1], MIN_GAP_BYTES, MAX_GAP_BYTES)
+    near = (numbers[1:] == numbers[:-1]) & (rows["offset"][1:] <= ends[:-1] + gaps)
+    borders = [0]
+    for at in range(1, len(rows)):
+        if not near[at - 1] or ends[at] - rows["offset"][borders[-1]] > MAX_RUN_BYTES:
+            borders.append(at)
+    return [slice(start, stop) for start, stop in itertools.pairwise([*borders, len(rows)])]
 
 
 def _digest(data: memoryview) -> bytes:

@@ -55,11 +55,12 @@ def read_share(url: str, order: dict[str, Any], batch_size: int, task: dict[str,
 
 
 def batch_digest(batch: Batch) -> int:
-    """Sum over the real rows, modulo 2**64, of the hash of id, label and augmented pixels."""
+    """Sum over the real rows, modulo 2**64, of the hash of id, label, slot and augmented pixels."""
     total = 0
     for row in range(batch.num_real):
         digest = hashlib.blake2b(digest_size=8)
-        digest.update(batch.ids[row].tobytes() + batch.labels[row].numpy().tobytes())
+        for value in (batch.ids, batch.labels.numpy(), batch.slots.numpy()):
+            digest.update(value[row].tobytes())
         digest.update(batch.images[row].numpy().tobytes())
         total += int.from_bytes(digest.digest(), "little")
     return total % MODULUS

@@ -34,9 +34,11 @@ class Share:
         transform = functools.partial(train_transform, size=image_size, channels=channels, augment=augment)
         self._parts = []
         first_slot = 0
-        for source, own in zip(sources, slots, strict=True):
+        weights = [source.count * mean_bytes(source.data) for source in sources]
+        for number, (source, own, weight) in enumerate(zip(sources, slots, weights, strict=True)):
+            budget = int(prefetch_bytes * weight / sum(weights))
             reader = SampleReader(source.data, times, cache)
-            self._parts.append(_Part(source, own, first_slot, start_step, prefetch_bytes, reader, transform))
+            self._parts.append(_Part(number, source, own, first_slot, start_step, budget, reader, transform))
             first_slot += source.order.lanes
 
     def rows(self, step: int) -> list[Row]:
@@ -52,6 +54,7 @@ class _Part:
 
     def __init__(
         self,
+        number: int,
         source: Source,
         slots: range,
         first_slot: int,
@@ -72,7 +75,7 @@ class _Part:
             rng = sample_rng(order.seed, row.epoch, row.raw.id)
             transform(image, rng=rng, out=out, times=times)
 
-        self._decoder = Decoder(source.data, reader, source.ledger, augmented, substitute=True)
+        self._decoder = Decoder(number, source.data, reader, augmented, substitute=True)
 
     def rows(self, step: int) -> list[Row]:
         order = self._source.order

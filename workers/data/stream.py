@@ -91,6 +91,8 @@ class TrainStream:
     def __next__(self) -> Batch:
         """DataError names the shard and the sample that is at fault."""
         batch = next(self._batches)
+        for number, bad in batch.bad:
+            self._sources[number].ledger.add([bad])
         self._count(batch)
         self._step += 1
         return batch
@@ -137,8 +139,8 @@ class _Reader:
     def _batch(self, step: int) -> Batch:
         rows = self._share.rows(step)
         arrays = Arrays(self._size, self._shape)
-        self._assembler.fill(arrays, rows, range(len(rows)))
-        return arrays.batch(len(rows))
+        bad = self._assembler.fill(arrays, rows, range(len(rows)))
+        return arrays.batch(len(rows), bad)
 
 
 def validation_batches(
@@ -151,6 +153,7 @@ def validation_batches(
     channels: Literal[1, 3],
     ledger: Ledger,
     prefetch: int,
+    cache: Cache | None = None,
     decode_threads: int = 1,
 ) -> Iterator[Batch]:
     """Every sample of the data set once over all ranks; each rank has as many batches of `batch_size`.
@@ -160,14 +163,14 @@ def validation_batches(
     own = range(rank * data.num_samples // world_size, (rank + 1) * data.num_samples // world_size)
     most = -(-data.num_samples // world_size)
     times = StageTimes()
-    reader = SampleReader(data, times)
+    reader = SampleReader(data, times, cache)
     samples = Lookahead(reader, data, validation_loads(own, mean_bytes(data)), VALIDATION_BYTES)
     assembler = Assembler(decode_threads, times)
 
     def resized(image: bytes, row: Row, out: Pixels, times: DecodeTimes) -> None:
         eval_transform(image, size=image_size, channels=channels, out=out, times=times)
 
-    decoder = Decoder(data, reader, ledger, resized, substitute=False)
+    decoder = Decoder(0, data, reader, resized, substitute=False)
 
     def batch(number: int) -> Batch:
         rows = [
@@ -175,12 +178,14 @@ def validation_batches(
             for raw in samples.take(own[number * batch_size : (number + 1) * batch_size])
         ]
         arrays = Arrays(batch_size, (channels, image_size, image_size))
-        assembler.fill(arrays, rows, range(len(rows)))
-        return arrays.batch(len(rows))
+        bad = assembler.fill(arrays, rows, range(len(rows)))
+        return arrays.batch(len(rows), bad)
 
     batches = Background(map(batch, range(-(-most // batch_size))), prefetch, times)
     try:
-        yield from batches
+        for ready in batches:
+            ledger.add(bad for _, bad in ready.bad)
+            yield ready
     finally:
         batches.close()
         samples.close()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import BadSample, Ledger
+from workers.data.samples import Cache
 from workers.data.stream import validation_batches
 from workers.training.proofs import merge_ledgers
 
@@ -36,6 +37,8 @@ def evaluate(
     *,
     batch_size: int,
     max_bad_fraction: float,
+    decode_threads: int = 1,
+    cache: Cache | None = None,
     device: torch.device,
 ) -> Evaluation:
     """Every rank takes its part and gets the whole result; `batch_size` images per rank and forward."""
@@ -53,6 +56,8 @@ def evaluate(
         channels=config.channels,
         ledger=ledger,
         prefetch=PREFETCH_BATCHES,
+        cache=cache,
+        decode_threads=decode_threads,
     )
     for batch in batches:
         labels, weights = batch.labels.to(device), batch.weights.to(device)

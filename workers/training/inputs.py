@@ -6,9 +6,36 @@ import torch.distributed as dist
 from workers.config import DataConfig, RunConfig
 from workers.data.index import DatasetIndex
 from workers.data.mixture import Source, make_order, share_out
+from workers.data.samples import Cache, check_cache
 from workers.data.subset import Subset, build_subset
 from workers.errors import ConfigError, DataError
 from workers.training.parallel import first_text
+
+
+def check_compute(config: RunConfig, device: torch.device) -> None:
+    """ConfigError, on all ranks alike, if one of them cannot read as `compute` says.
+
+    Called before the lease is taken: a mistake here must not stop whoever trains the run.
+    """
+    problem = ""
+    fewest = config.data.lanes // dist.get_world_size()
+    if config.compute.readers > fewest:
+        problem = (
+            f"compute.readers {config.compute.readers}: a worker has {fewest} of data.lanes "
+            f"{config.data.lanes}; ask for fewer readers, or raise data.lanes"
+        )
+    elif cache := cache_of(config):
+        try:
+            check_cache(cache)
+        except ConfigError as error:
+            problem = f"compute.cache_directory: {error}"
+    if problem := first_text(problem, device):
+        raise ConfigError(problem)
+
+
+def cache_of(config: RunConfig) -> Cache | None:
+    directory = config.compute.cache_directory
+    return Cache(directory, config.compute.cache_bytes) if directory else None
 
 
 def open_data(config: RunConfig) -> tuple[list[DatasetIndex], DatasetIndex]:
@@ -22,6 +49,10 @@ def open_data(config: RunConfig) -> tuple[list[DatasetIndex], DatasetIndex]:
     validation = _open("data.validation_fingerprint", data.validation_url, data.validation_fingerprint)
     for index in (*indexes, validation):
         index.check_layout(data.image_key, data.label)
+        if not index.classes:
+            raise ConfigError(
+                f"{index.source} was indexed without labels; run `vitscale index {index.source}` with --label"
+            )
     first = indexes[0]
     if config.model.num_classes != len(first.classes):
         raise ConfigError(

@@ -22,7 +22,7 @@ from workers.data.index import DatasetIndex
 from workers.data.mixing import mix
 from workers.data.mixture import Source
 from workers.data.quarantine import to_json
-from workers.data.samples import Cache, StageTimes
+from workers.data.samples import StageTimes
 from workers.data.stream import TrainStream
 from workers.errors import ConfigError
 from workers.models import build_model
@@ -33,11 +33,11 @@ from workers.storage import Store, open_store
 from workers.training.checkpoint import load_full, open_manifest
 from workers.training.commits import Lease
 from workers.training.evaluate import Evaluation, evaluate, normalize
-from workers.training.inputs import make_sources, open_data
+from workers.training.inputs import cache_of, check_compute, make_sources, open_data
 from workers.training.metrics import EventWriter
 from workers.training.optim import learning_rate, make_optimizer
 from workers.training.parallel import shard, worker_group
-from workers.training.proofs import settle_epochs
+from workers.training.proofs import merge_ledgers, settle_epochs
 from workers.training.state import TrainState, share_lease
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,10 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
     """Train one run to its end, or skip it if its commit log says that it is there."""
     with worker_group(device):
         torch.set_num_threads(config.compute.cpus_per_worker)
+        torch.get_num_threads()  # now: what a thread of the stream sets for itself must not become this one's
         store = open_store(run_url)
         # Before the lease: a configuration that does not fit its data must not stop whoever trains the run.
+        check_compute(config, device)
         data, validation = open_data(config)
         sources = make_sources(config, data, device)
         lease = share_lease(store, device)
@@ -102,7 +104,7 @@ def _train_under(
         augment=config.data.augment,
         prefetch_batches=config.compute.prefetch_batches,
         prefetch_bytes=config.compute.prefetch_bytes,
-        cache=_cache(config),
+        cache=cache_of(config),
         readers=config.compute.readers,
         decode_threads=_decode_threads(config),
     )
@@ -122,6 +124,7 @@ def _train_under(
             evaluating = state.complete or _due(state, config.train.eval_every_images)
             committing = state.complete or _checkpoint_due(state)
             if evaluating or committing or _due(state, config.train.log_every_images):
+                merge_ledgers([source.ledger for source in sources], device)
                 values = meter.take(stream.times.take())
                 _check_finite(values, state)
                 if events:
@@ -134,6 +137,8 @@ def _train_under(
                     validation,
                     batch_size=images_per_rank,
                     max_bad_fraction=config.data.max_bad_fraction,
+                    decode_threads=_decode_threads(config),
+                    cache=cache_of(config),
                     device=device,
                 )
                 if events:
@@ -151,11 +156,6 @@ def _decode_threads(config: RunConfig) -> int:
     threads only slow it down."""
     threads = config.compute.cpus_per_worker // max(1, config.compute.readers)
     return max(1, threads) if config.model.image_size >= 64 else 1
-
-
-def _cache(config: RunConfig) -> Cache | None:
-    directory = config.compute.cache_directory
-    return Cache(directory, config.compute.cache_bytes) if directory else None
 
 
 def _initial_model(config: RunConfig) -> nn.Module:

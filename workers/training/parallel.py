@@ -60,12 +60,13 @@ def all_texts(mine: str, device: torch.device) -> list[str]:
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
     lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
-    width = max(int(other) for other in lengths)
-    row = torch.tensor(list(data.ljust(width, b"\0")), dtype=torch.uint8, device=device)
+    width = max(1, *(int(other) for other in lengths))
+    row = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8).to(device)
     rows = [torch.empty_like(row) for _ in lengths]
-    if width:
-        dist.all_gather(rows, row)
-    return [bytes(other[: int(size)].tolist()).decode() for other, size in zip(rows, lengths, strict=True)]
+    dist.all_gather(rows, row)
+    return [
+        other[: int(size)].cpu().numpy().tobytes().decode() for other, size in zip(rows, lengths, strict=True)
+    ]
 
 
 def first_text(mine: str, device: torch.device) -> str:

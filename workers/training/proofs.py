@@ -56,11 +56,16 @@ def load_tallies(
 
 
 def merge_ledgers(ledgers: Sequence[Ledger], device: torch.device) -> None:
-    """Every rank learns of the bad samples that any has met; DataError if they are too many together."""
-    mine = json.dumps([to_json(ledger.entries()) for ledger in ledgers])
+    """Every rank learns of the bad samples that any has met; DataError if they are too many together.
+
+    Only what came since the last time travels.
+    """
+    mine = json.dumps([to_json(ledger.take_new()) for ledger in ledgers])
     for text in all_texts(mine, device):
         for ledger, entries in zip(ledgers, json.loads(text), strict=True):
             ledger.add(from_json(entries))
+    for ledger in ledgers:
+        ledger.take_new()  # what the others have told
 
 
 def _open_epoch(source: Source, next_step: int) -> int:
