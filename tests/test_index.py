@@ -590,3 +590,13 @@ def test_an_index_travels_between_processes(tiny_index: DatasetIndex):
     copy = pickle.loads(pickle.dumps(tiny_index))
     assert copy == tiny_index
     assert copy.records(4, 3)[1].tobytes() == tiny_index.records(4, 3)[1].tobytes()
+
+
+def test_rows_that_are_gone_say_what_to_do(tiny_index: DatasetIndex, tiny_url: str):
+    (path,) = folder(tiny_url).glob("_vitscale/samples/tiny-2.*")
+    path.unlink()
+    with pytest.raises(DataError, match=r"no object .*tiny-2.*; run `vitscale index file:"):
+        tiny_index.records(6, 3)
+    assert len(tiny_index.records(0, 6)[0]) == 6
+    build_index(tiny_url)
+    assert len(DatasetIndex.open(tiny_url).records(0, 13)[0]) == 13

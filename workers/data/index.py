@@ -25,7 +25,7 @@ from workers.data.location import Location, locate
 from workers.data.pages import Pages
 from workers.data.shards import ShardTable, read_table
 from workers.errors import ConfigError, DataError
-from workers.storage import NotFound, Store, join_url, open_store
+from workers.storage import NotFound, Store, Truncated, join_url, open_store
 
 SAMPLE = np.dtype(
     [
@@ -168,14 +168,18 @@ class DatasetIndex:
     def _read_rows(self, store: Store, number: int, row: int, count: int) -> np.ndarray:
         shard = self.shards[number]
         key, width = records_key(self.home, shard.name, shard.records_sha256), STORED.itemsize
+        again = f"run `vitscale index {self.source}`"
         for _ in range(2):  # what the network has damaged comes right the second time
-            data = self._pages.read(store, key, shard.num_samples * width, row * width, count * width)
+            try:
+                data = self._pages.read(store, key, shard.num_samples * width, row * width, count * width)
+            except (NotFound, Truncated) as error:
+                raise DataError(f"{error}; {again}") from None
             rows, wrong = unpack_rows(data, row, shard.sha256)
             if not len(wrong):
                 return rows
             self._pages.forget(key)
         where = join_url(self.url, key)
-        raise DataError(f"{where}: row {wrong[0]} is damaged; run `vitscale index {self.source}`")
+        raise DataError(f"{where}: row {wrong[0]} is damaged; {again}")
 
     @functools.cached_property
     def _store(self) -> Store:
