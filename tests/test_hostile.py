@@ -17,6 +17,7 @@ from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.data.verify import verify
 from workers.errors import VitscaleError
+from workers.storage import s3_client
 
 
 class Runs:
@@ -83,8 +84,10 @@ def test_members_that_are_code_are_never_opened(tmp_path, proof):
         "gopen:touch",
     ],
 )
-def test_addresses_run_nothing(tmp_path, proof, url, monkeypatch):
+def test_addresses_run_nothing(tmp_path, proof, url, monkeypatch, request):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    s3_client.cache_clear()
+    request.addfinalizer(s3_client.cache_clear)
     address = url.format(proof=proof)
     for act in (build_index, DatasetIndex.open, verify):
         with pytest.raises(VitscaleError):
@@ -98,6 +101,7 @@ CODE = """
 import json, resource, sys
 import workers.data.indexing as indexing, workers.data.stream
 from workers.errors import VitscaleError
+from workers.storage import s3_client
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     said = str(indexing.build_index(sys.argv[1]).num_samples)

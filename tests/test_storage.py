@@ -536,7 +536,7 @@ def test_a_body_that_breaks_off_every_time_is_given_up(
     s3.write("a", BODY)
     proxy.faults += [Cut(10)] * 10_000
     with pytest.raises(Unavailable, match=rf"{s3.url}/a: the object store .* \(tried for"):
-        open_store(s3_url, patience=0.4).read("a")
+        open_store(s3_url, patience=3).read("a")
     assert len(proxy.requests) > 2
     del proxy.faults[:]
     assert s3.read("a") == BODY
