@@ -79,7 +79,7 @@ def test_members_that_are_code_are_never_opened(tmp_path, proof):
         "pipe:touch {proof}",
         "pipe:touch {proof}; echo x.tar",
         "file:///data/$(touch {proof})-{{000..001}}.tar",
-        "s3://bucket/`touch {proof}`.tar",
+        "s3://hostile/`touch {proof}`.tar",
         "http://127.0.0.1/x.tar",
         "gopen:touch",
     ],
@@ -101,7 +101,6 @@ CODE = """
 import json, resource, sys
 import workers.data.indexing as indexing, workers.data.stream
 from workers.errors import VitscaleError
-from workers.storage import s3_client
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     said = str(indexing.build_index(sys.argv[1]).num_samples)
