@@ -69,7 +69,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _fail(error: VitscaleError, code: int) -> None:
     errors.print(f"error: {error}", markup=False)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # pyarrow's threads, where an error left some, abort an interpreter that ends in the ordinary way.
+    os._exit(code)
 
 
 @app.command()

@@ -470,3 +470,28 @@ def test_odd_images_are_told_apart(vitscale_test_data: Path | None):
         warnings.simplefilter("ignore")
         found = {name: not examine_one(data, decode=True).problem for name, data in files.items()}
     assert found == expected
+
+
+def test_a_destination_inside_of_the_source_is_refused(photos):
+    root = photos(cat=5, dog=5)
+    for destination in (root.as_uri(), f"{root.as_uri()}/out"):
+        with pytest.raises(ConfigError, match=r"lies in the source .*; choose a destination outside of it"):
+            ingest(root, destination)
+    assert sorted(path.name for path in root.iterdir()) == ["cat", "dog"]
+
+
+def test_an_index_beside_the_images_is_no_class(photos, store_url):
+    root = photos(cat=8, dog=8)
+    (root / "_vitscale" / "samples").mkdir(parents=True)
+    (root / "_vitscale" / "samples" / "x.bin").write_bytes(b"rows")
+    assert ingest(root, store_url, validation=0.4).classes == ("cat", "dog")
+
+
+def test_labels_as_pandas_writes_them_are_numbers(tmp_path, store_url):
+    lines = ["image,label"]
+    for number in range(110):
+        (tmp_path / f"{number}.png").write_bytes(make_png(number))
+        lines.append(f"{number}.png,{number % 11}.0")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    report = ingest(tmp_path / "table.csv", store_url, validation=0.3)
+    assert report.classes == tuple(map(str, range(11)))

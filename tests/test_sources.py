@@ -562,7 +562,8 @@ def test_idx_as_mnist_is_distributed(tmp_path: Path, packed: bool) -> None:
         assert row[1:3] == (label, split)
         assert (pixels(row[3]) == image).all()
     assert len(read(tmp_path / f"train-images-idx3-ubyte{end}")[2]) == 50
-    report = ingest(tmp_path, (tmp_path / "out").as_uri(), test_as_validation=True)
+    out = tmp_path.with_name(f"{tmp_path.name}-out").as_uri()
+    report = ingest(tmp_path, out, test_as_validation=True)
     assert sorted(read_shards(report.validation_url)) == sorted((row[3], row[1]) for row in found[:20])
 
     labels = tmp_path / f"train-labels-idx1-ubyte{end}"

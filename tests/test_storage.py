@@ -5,6 +5,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import socket
@@ -833,3 +834,15 @@ def test_exported_keys_do_not_win_over_the_file_that_was_given(
         given[name] = "exported by the user"
     with pytest.raises(DataError, match="refused the credentials"):
         ensure_bucket("s3://made-here/x", environment=given)
+
+
+def test_errors_keep_their_words_from_process_to_process() -> None:
+    for error in (
+        Changed.at("s3://b/a.tar"),
+        Truncated.at("s3://b/a.tar", 5, 10, 7),
+        Unavailable("s3://b/a.tar: away"),
+        NotFound("no object s3://b/a.tar"),
+        AlreadyExists("s3://b/a.tar exists"),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

@@ -39,11 +39,11 @@ class FileStore:
         with _errors("read", where), self._path(key).open("rb") as file:
             found = os.fstat(file.fileno())
             if etag is not None and _etag(found) != etag:
-                raise Changed(where)
+                raise Changed.at(where)
             file.seek(start)
             data = file.read(length)
         if len(data) != length:
-            raise Truncated(where, start, length, found.st_size)
+            raise Truncated.at(where, start, length, found.st_size)
         return data
 
     def forget(self, key: str, start: int, length: int, etag: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from workers.errors import DataError
 
@@ -19,20 +19,25 @@ class AlreadyExists(DataError):
 class Truncated(DataError):
     """The object ends before the range that was asked for does; asking again does not help."""
 
-    def __init__(self, where: str, start: int, length: int, size: int | None = None) -> None:
-        self.size = size
-        """Bytes of the object, where the store said."""
+    size: int | None = None
+    """Bytes of the object, where the store said."""
+
+    @classmethod
+    def at(cls, where: str, start: int, length: int, size: int | None = None) -> Self:
         ends = "before that" if size is None else f"at byte {size}"
-        super().__init__(
+        error = cls(
             f"{where}: wanted {length} bytes from byte {start}, but it ends {ends}; the object is truncated"
         )
+        error.size = size
+        return error
 
 
 class Changed(DataError):
     """The object is no longer the version that was asked for; asking again does not help."""
 
-    def __init__(self, where: str) -> None:
-        super().__init__(f"{where} changed since it was indexed; run `vitscale index` again")
+    @classmethod
+    def at(cls, where: str) -> Self:
+        return cls(f"{where} changed since it was indexed; run `vitscale index` again")
 
 
 class Unavailable(DataError):

@@ -97,7 +97,7 @@ class S3Store:
         try:
             response = client.read("get_object", where, Bucket=self.bucket, Key=self._key(key), **arguments)
         except OutOfRange:
-            raise Truncated(where, download.start, download.length or 1) from None
+            raise Truncated.at(where, download.start, download.length or 1) from None
         with contextlib.closing(response["Body"]) as body:
             download.check(response)
             with client.errors(where):
@@ -205,12 +205,12 @@ class _Download:
         if not etag:
             raise WrongAnswer(f"{self.where}: the object store does not say which version (ETag) it sends")
         if self.etag is not None and _bare(etag) != _bare(self.etag):
-            raise Changed(self.where)
+            raise Changed.at(self.where)
         at = self.start + self.size
         first, last, size = _sent_range(response) or (None, None, None)
         is_part = response["ResponseMetadata"]["HTTPStatusCode"] == 206
         if is_part and size is not None and self.length is not None and size < self.start + self.length:
-            raise Truncated(self.where, self.start, self.length, size)
+            raise Truncated.at(self.where, self.start, self.length, size)
         length = size if self.length is None else self.length
         missing = 0 if length is None else self.start + length - at
         if first != at or last != at + missing - 1 or content_length not in (missing, None):

@@ -167,7 +167,7 @@ def _refusal(where: str, error: Any) -> DataError:
     if code in ("404", "NoSuchKey", "NotFound"):
         return NotFound(f"no object {where}")
     if code in ("412", "PreconditionFailed", "ConditionalRequestConflict"):
-        return AlreadyExists(f"{where} exists") if error.operation_name == "PutObject" else Changed(where)
+        return AlreadyExists(f"{where} exists") if error.operation_name == "PutObject" else Changed.at(where)
     if code in ("416", "InvalidRange"):
         return OutOfRange(f"{where}: it ends before the bytes that were asked for; the object is truncated")
     if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):

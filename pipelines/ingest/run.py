@@ -71,6 +71,7 @@ def ingest(
     numbers = None if class_map is None else read_class_map(class_map)
     how = SourceOptions(format, image_column, label_column, numbers, follow_links)
     store = open_store(destination)
+    _refuse_own_source(source, store.url)
     last = read_marker(store)
     found = _limited(open_source(source, how), limit)
     options = {**asdict(plan_options), "resize": resize, "reencode": reencode, "quality": quality}
@@ -184,6 +185,14 @@ class Crew:
                 f"{error}\n  On a cluster, source and destination must be reachable from all nodes: s3://, "
                 f"or a path that all of them share"
             ) from error
+
+
+def _refuse_own_source(source: str | Path, destination: str) -> None:
+    """What is written must not become a part of what is read the next time."""
+    text = str(source)
+    folder = text.rstrip("/") if "://" in text else Path(text).absolute().as_uri()
+    if destination == folder or destination.startswith(f"{folder}/"):
+        raise ConfigError(f"{destination} lies in the source {source}; choose a destination outside of it")
 
 
 def _limited(source: Source, limit: int | None) -> Source:

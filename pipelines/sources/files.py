@@ -75,8 +75,13 @@ def list_files(folder: str, *, follow_links: bool = False) -> Iterator[File]:
     prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
     for info in open_store(f"s3://{bucket}").list(prefix):
         path = info.key.removeprefix(prefix)
-        if not any(part.startswith(".") for part in path.split("/")):
+        if not any(is_hidden(part) for part in path.split("/")):
             yield File(path, f"s3://{bucket}/{info.key}", info.size, info.etag)
+
+
+def is_hidden(name: str) -> bool:
+    """Also what vitscale keeps beside shards."""
+    return name.startswith(".") or name == "_vitscale"
 
 
 def _walk(root: Path, folder: Path, follow: bool, above: frozenset[Path]) -> Iterator[File]:
@@ -87,7 +92,7 @@ def _walk(root: Path, folder: Path, follow: bool, above: frozenset[Path]) -> Ite
     for entry in entries:
         path = Path(entry.path)
         relative = path.relative_to(root).as_posix()
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             continue
         if entry.is_symlink() and not follow:
             _check_link(root, path, relative)

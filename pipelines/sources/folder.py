@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from pipelines.sources.files import IMAGES, File, is_image
+from pipelines.sources.files import IMAGES, File, is_hidden, is_image
 from pipelines.sources.items import SPLITS, Collector, Source
 from workers.errors import DataError
 
@@ -10,7 +10,7 @@ from workers.errors import DataError
 def folder_source(collector: Collector, files: Iterable[File], folders: Iterable[str]) -> Source:
     """`folders` are those directly below the source, empty ones too, where the store has such a thing."""
     where = collector.where
-    tops = {name for name in folders if not name.startswith(".")}
+    tops = {name for name in folders if not is_hidden(name)}
     filled: set[str] = set()
     images: list[File] = []
     stray: list[str] = []

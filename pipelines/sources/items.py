@@ -183,8 +183,10 @@ def split_in(name: str) -> str:
 
 
 def parse_label(text: str) -> str | int:
-    """`12` is a number, `cat` and `007` are names."""
-    return int(text) if re.fullmatch(r"0|-?[1-9]\d{0,8}", text) else text
+    """`12` is a number, and so is `12.0`, as pandas writes a column in which some are missing; `cat` and
+    `007` are names."""
+    match = re.fullmatch(r"(0|-?[1-9]\d{0,8})(\.0)?", text)
+    return int(match[1]) if match else text
 
 
 def read_class_map(path: Path) -> dict[str, int]:

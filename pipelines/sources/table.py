@@ -143,6 +143,8 @@ def _text(where: str, row: Mapping[str, Any], column: str) -> str:
 
 def _label(where: str, row: Mapping[str, Any], column: str) -> str | int:
     value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as pandas writes numbers of a column in which some are missing
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         raise DataError(f"{where}: column {column!r} has {value!r}, expected a number or a name")
     return parse_label(value.strip()) if isinstance(value, str) else value

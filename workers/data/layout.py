@@ -195,7 +195,12 @@ def _read(shard: str, sample: TarSample, extension: str, limit: int) -> str:
     member = sample.files.get(extension)
     if member is None:
         found = ", ".join(list(sample.files)[:20])
-        _fail(shard, sample, f"has no label, expected a .{extension} file; its extensions are {found}")
+        _fail(
+            shard,
+            sample,
+            f"has no label, expected a .{extension} file; its extensions are {found}. Its files must stand "
+            "together; where labels are elsewhere, say so: --label txt, json:FIELD, key:REGEX or none",
+        )
     if member.size > limit:
         _fail(shard, sample, f"has a .{extension} file of {member.size} bytes, more than {limit}")
     try:

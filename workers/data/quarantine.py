@@ -82,7 +82,7 @@ class Ledger:
         return "\n  ".join(
             [
                 f"{len(lines)} of {self._num_samples} samples cannot be used, data.max_bad_fraction "
-                f"{self.max_fraction} allows {self._limit}; `vitscale verify` lists all:",
+                f"{self.max_fraction} allows {self._limit}; `vitscale verify URL --decode all` lists all:",
                 *lines[:SHOWN],
                 *more,
             ]
