@@ -1,5 +1,6 @@
 """Small real inputs for all tests: stores in temporary folders, shards of tiny PNGs."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -41,6 +42,13 @@ def make_tar(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_F
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not in the checkout: commands would find the services that `make quickstart` has left there."""
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
 
 
 @pytest.fixture

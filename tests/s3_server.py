@@ -5,8 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import pytest
-
 CODE = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -24,7 +22,6 @@ ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "whateve
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """Its URL. It ends with this process, however that ends."""
-    pytest.importorskip("moto")
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as server:

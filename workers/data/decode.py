@@ -209,7 +209,7 @@ def _orientation(image: Image.Image) -> int:
     """1 where EXIF is damaged, which raises as much as damaged images do, see _open_with_pillow."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001
+    except Exception:  # noqa: BLE001 - the picture is taken as it lies
         return 1
     return orientation if isinstance(orientation, int) and orientation in _ORIENTATIONS else 1
 

@@ -38,7 +38,7 @@ def locate(source: str) -> Location:
         return Location(source, source, HOME, None)
     urls = expand(source)
     # The first and the last in order have as much in common as all; by characters, up to a slash.
-    root = os.path.commonprefix([urls[0], urls[-1]]).rpartition("/")[0]  # noqa: RUF071
+    root = os.path.commonprefix([urls[0], urls[-1]]).rpartition("/")[0]  # noqa: RUF071 - by characters, then whole parts
     if not re.match(r"[a-z0-9]+://.*[^/]", root):
         raise ConfigError(f"{source!r}: expected shards of one bucket or folder, s3://... or file:///...")
     names = [url[len(root) + 1 :] for url in urls]

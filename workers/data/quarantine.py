@@ -6,7 +6,6 @@ is saved with every checkpoint.
 
 import dataclasses
 import math
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ class BadSample:
 
 
 class Ledger:
-    """The bad samples of one data set, each once; shared by all threads of a stream."""
+    """The bad samples of one data set, each once; entered by whoever consumes the batches."""
 
     def __init__(self, num_samples: int, max_fraction: float) -> None:
         self._limit = math.floor(max_fraction * num_samples + 1e-9)
@@ -48,28 +47,24 @@ class Ledger:
         self.max_fraction = max_fraction
         self._entries: dict[int, BadSample] = {}
         self._new: list[BadSample] = []
-        self._lock = threading.Lock()
 
     def add(self, bad: Iterable[BadSample]) -> None:
         """DataError if there are too many now."""
-        with self._lock:
-            for sample in bad:
-                if sample.ordinal not in self._entries:
-                    self._entries[sample.ordinal] = sample
-                    self._new.append(sample)
-            if len(self._entries) > self._limit:
-                raise DataError(self._too_many())
+        for sample in bad:
+            if sample.ordinal not in self._entries:
+                self._entries[sample.ordinal] = sample
+                self._new.append(sample)
+        if len(self._entries) > self._limit:
+            raise DataError(self._too_many())
 
     def take_new(self) -> list[BadSample]:
         """Those that came since the last call."""
-        with self._lock:
-            taken, self._new = self._new, []
+        taken, self._new = self._new, []
         return taken
 
     def entries(self) -> list[BadSample]:
         """By ordinal."""
-        with self._lock:
-            return [self._entries[ordinal] for ordinal in sorted(self._entries)]
+        return [self._entries[ordinal] for ordinal in sorted(self._entries)]
 
     def _too_many(self) -> str:
         lines = [f"{bad.where}: {bad.reason}" for bad in self._entries.values()]

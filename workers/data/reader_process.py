@@ -14,11 +14,10 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from workers.config import AugmentConfig
 from workers.data.batches import Arrays, Assembler
 from workers.data.mixture import Source, restore
-from workers.data.samples import Cache, StageTimes
-from workers.data.shares import Share
+from workers.data.samples import StageTimes
+from workers.data.shares import Share, ShareSettings
 from workers.errors import VitscaleError
 
 
@@ -45,12 +44,10 @@ def _serve(task: dict[str, Any], answers: TextIO) -> None:
     sources = [restore(values) for values in task["sources"]]
     rank_slots, slots = ([range(*own) for own in task[name]] for name in ("rank_slots", "slots"))
     buffers = _buffers(task["memory"])
-    settings = task["settings"]
-    settings["augment"] = AugmentConfig.model_validate(settings["augment"])
-    settings["cache"] = Cache(*settings["cache"]) if settings["cache"] else None
+    settings = ShareSettings.from_json(task["settings"])
     times = StageTimes()
-    assembler = Assembler(settings.pop("decode_threads"), times)
-    share = Share(sources, slots, times=times, **settings)
+    assembler = Assembler(settings.decode_threads, times)
+    share = Share(sources, slots, settings, times)
     for line in sys.stdin:
         request = json.loads(line)
         step = request["step"]

@@ -23,6 +23,7 @@ from workers.data.batches import Arrays, Batch
 from workers.data.mixture import Source, describe
 from workers.data.quarantine import BadSample
 from workers.data.samples import StageTimes
+from workers.data.shares import ShareSettings
 from workers.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
@@ -37,16 +38,13 @@ class Readers:
         self,
         sources: Sequence[Source],
         slots: Sequence[range],
+        settings: ShareSettings,
         processes: int,
-        *,
         size: int,
-        shape: tuple[int, int, int],
-        start_step: int,
         depth: int,
         times: StageTimes,
-        settings: dict[str, Any],
     ) -> None:
-        """`size` rows of this `shape` in a batch; `settings` are those of a Share, as plain values."""
+        """`size` rows in a batch."""
         fewest = min(map(len, slots))
         if processes > fewest:
             raise ConfigError(
@@ -55,6 +53,10 @@ class Readers:
             )
         self._sources, self._slots = sources, slots
         self._times = times
+        self._processes: list[subprocess.Popen[str]] = []
+        # They end when their standard input does; also those of a stream that nobody closed.
+        self._finalizer = weakref.finalize(self, _end, self._processes)
+        shape = settings.shape
         width = Arrays.num_bytes(size, shape)
         width += -width % mmap.PAGESIZE
         file = os.memfd_create("vitscale-batches")
@@ -66,11 +68,8 @@ class Readers:
                 "sources": [describe(source) for source in sources],
                 "rank_slots": [[own.start, own.stop] for own in slots],
                 "memory": {"file": file, "width": width, "buffers": depth, "size": size, "shape": shape},
-                "settings": {**settings, "start_step": start_step},
+                "settings": settings.to_json(),
             }
-            self._processes: list[subprocess.Popen[str]] = []
-            # They end when their standard input does; also those of a stream that nobody closed.
-            self._finalizer = weakref.finalize(self, _end, self._processes)
             for nth in range(processes):
                 self._processes.append(_start(task, nth, processes, file))
         except BaseException:
@@ -82,7 +81,7 @@ class Readers:
         """Steps under way, with the number of the buffer."""
         self._error: Exception | None = None
         for at in range(depth):
-            self._send(start_step + at, at)
+            self._send(settings.start_step + at, at)
 
     def __iter__(self) -> Self:
         return self

@@ -1,8 +1,9 @@
 """What one reader contributes to the global batches: the samples of some of the lanes, as rows."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 from workers.config import AugmentConfig
 from workers.data.batches import Decoder, Pixels, Row
@@ -11,34 +12,57 @@ from workers.data.mixture import Source
 from workers.data.samples import Cache, SampleReader, StageTimes
 from workers.data.transforms import DecodeTimes, sample_rng, train_transform
 
-PREFETCH_BYTES = 256 << 20
+
+@dataclass(frozen=True, kw_only=True)
+class ShareSettings:
+    """What all readers of a stream have in common."""
+
+    start_step: int
+    image_size: int
+    channels: Literal[1, 3]
+    augment: AugmentConfig
+    prefetch_bytes: int
+    """Of one reader."""
+    cache: Cache | None
+    decode_threads: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        return self.channels, self.image_size, self.image_size
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "augment": self.augment.model_dump()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        augment = AugmentConfig.model_validate(values["augment"])
+        cache = Cache(*values["cache"]) if values["cache"] else None
+        return cls(**{**values, "augment": augment, "cache": cache})
 
 
 class Share:
     """The rows of one reader in each global batch, from `start_step` on, one step after the other."""
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        slots: Sequence[range],
-        *,
-        start_step: int,
-        image_size: int,
-        channels: Literal[1, 3],
-        augment: AugmentConfig,
-        times: StageTimes,
-        prefetch_bytes: int = PREFETCH_BYTES,
-        cache: Cache | None = None,
+        self, sources: Sequence[Source], slots: Sequence[range], settings: ShareSettings, times: StageTimes
     ) -> None:
         """`slots`: of each source, those whose positions are this reader's."""
-        transform = functools.partial(train_transform, size=image_size, channels=channels, augment=augment)
+        transform = functools.partial(
+            train_transform,
+            size=settings.image_size,
+            channels=settings.channels,
+            augment=settings.augment,
+        )
         self._parts = []
         first_slot = 0
         weights = [source.count * mean_bytes(source.data) for source in sources]
         for number, (source, own, weight) in enumerate(zip(sources, slots, weights, strict=True)):
-            budget = int(prefetch_bytes * weight / sum(weights))
-            reader = SampleReader(source.data, times, cache)
-            self._parts.append(_Part(number, source, own, first_slot, start_step, budget, reader, transform))
+            budget = int(settings.prefetch_bytes * weight / sum(weights))
+            reader = SampleReader(source.data, times, settings.cache)
+            self._parts.append(
+                _Part(number, source, own, first_slot, settings.start_step, budget, reader, transform)
+            )
             first_slot += source.order.lanes
 
     def rows(self, step: int) -> list[Row]:

@@ -7,7 +7,7 @@ processes, or where a stream began.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from workers.config import AugmentConfig
 from workers.data.batches import Arrays, Assembler, Background, Batch, Decoder, Pixels, Row
@@ -16,10 +16,10 @@ from workers.data.mixture import Source
 from workers.data.quarantine import Ledger
 from workers.data.readers import Readers
 from workers.data.samples import Cache, SampleReader, Samples, StageTimes
-from workers.data.shares import PREFETCH_BYTES, Share
+from workers.data.shares import Share, ShareSettings
 from workers.data.transforms import DecodeTimes, eval_transform
 
-VALIDATION_BYTES = 64 << 20
+PREFETCH_BYTES, VALIDATION_BYTES = 256 << 20, 64 << 20
 
 
 class TrainStream:
@@ -52,38 +52,23 @@ class TrainStream:
         self._slots = [source.order.slots(rank, world_size) for source in sources]
         self._step = start_step
         size = sum(source.share(world_size) for source in sources)
-        shape = (channels, image_size, image_size)
+        settings = ShareSettings(
+            start_step=start_step,
+            image_size=image_size,
+            channels=channels,
+            augment=augment,
+            prefetch_bytes=prefetch_bytes // max(1, readers),
+            cache=cache,
+            decode_threads=decode_threads,
+        )
         self._batches: Readers | _Reader
         if readers:
-            settings: dict[str, Any] = {"image_size": image_size, "channels": channels, "cache": cache}
-            settings |= {"augment": augment.model_dump(), "prefetch_bytes": prefetch_bytes // readers}
-            settings |= {"decode_threads": decode_threads}
             self._batches = Readers(
-                sources,
-                self._slots,
-                readers,
-                size=size,
-                shape=shape,
-                start_step=start_step,
-                depth=prefetch_batches,
-                times=self.times,
-                settings=settings,
+                sources, self._slots, settings, readers, size, prefetch_batches, self.times
             )
         else:
-            share = Share(
-                sources,
-                self._slots,
-                start_step=start_step,
-                image_size=image_size,
-                channels=channels,
-                augment=augment,
-                times=self.times,
-                prefetch_bytes=prefetch_bytes,
-                cache=cache,
-            )
-            self._batches = _Reader(
-                share, size, shape, start_step, prefetch_batches, decode_threads, self.times
-            )
+            share = Share(sources, self._slots, settings, self.times)
+            self._batches = _Reader(share, settings, size, prefetch_batches, self.times)
 
     def __iter__(self) -> Self:
         return self
@@ -114,19 +99,12 @@ class _Reader:
     """The batches of one rank, made by threads of this process."""
 
     def __init__(
-        self,
-        share: Share,
-        size: int,
-        shape: tuple[int, int, int],
-        start_step: int,
-        depth: int,
-        threads: int,
-        times: StageTimes,
+        self, share: Share, settings: ShareSettings, size: int, depth: int, times: StageTimes
     ) -> None:
         self._share = share
-        self._size, self._shape = size, shape
-        self._assembler = Assembler(threads, times)
-        self._batches = Background(map(self._batch, itertools.count(start_step)), depth, times)
+        self._size, self._shape = size, settings.shape
+        self._assembler = Assembler(settings.decode_threads, times)
+        self._batches = Background(map(self._batch, itertools.count(settings.start_step)), depth, times)
 
     def __next__(self) -> Batch:
         return next(self._batches)
