@@ -11,7 +11,8 @@ from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from workers.config import Part, RunConfig, explain
+from workers.config import Part, RunConfig
+from workers.config_text import explain
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
 from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
 from workers.training.commits import Commit, CommitLog

@@ -21,7 +21,8 @@ from ray.job_submission import JobStatus
 from orchestrator.job import clear_reports, read_failure, write_failure
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs, next_job
 from orchestrator.site import Site
-from workers.config import Part, explain
+from workers.config import Part
+from workers.config_text import explain
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import AlreadyExists, NotFound, open_store
 

@@ -9,7 +9,8 @@ from orchestrator.site import Site
 from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT, train
 from pipelines.recipes import facts_at, fine_tune, read_facts
-from workers.config import InitConfig, RunConfig, make_config, override
+from workers.config import InitConfig, RunConfig, make_config
+from workers.config_text import override
 from workers.errors import ConfigError
 from workers.training.checkpoint import open_manifest
 

@@ -14,7 +14,8 @@ from orchestrator.site import Site
 from orchestrator.tracking import Tracking
 from pipelines.progress import JobProgress
 from pipelines.recipes import RECIPES, read_facts
-from workers.config import RunConfig, make_config, override, read_yaml
+from workers.config import RunConfig, make_config
+from workers.config_text import override, read_yaml
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
 from workers.storage import join_url

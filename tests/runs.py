@@ -13,7 +13,8 @@ import torch
 
 from pipelines.recipes import read_facts, vit_digits
 from tests.distributed import on_ranks, recorded_logs
-from workers.config import RunConfig, make_config, override
+from workers.config import RunConfig, make_config
+from workers.config_text import override
 from workers.storage import Store, open_store
 from workers.training import loop
 from workers.training.checkpoint import STATE, Manifest, object_name, read_manifest

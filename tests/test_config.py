@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from workers.config import InitConfig, RunConfig, explain, load_config, make_config, override, read_yaml
+from workers.config import InitConfig, RunConfig, load_config, make_config
+from workers.config_text import explain, override, read_yaml
 from workers.errors import ConfigError
-from workers.models.sizes import RESNET_SIZES, VIT_SIZES
+from workers.models.resnet_sizes import RESNET_SIZES
+from workers.models.sizes import VIT_SIZES
 
 VALUES: dict[str, Any] = {
     "name": "toy",

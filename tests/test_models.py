@@ -58,7 +58,7 @@ def test_vit_has_timms_names_in_timms_order():
 
 def test_vit_is_written_for_height_and_width():
     model = scramble(build("vit", image_size=(4, 10)))
-    assert (model.grid, model.pos_embed.shape) == ((2, 5), (1, 11, 16))
+    assert (model.spec.grid, model.pos_embed.shape) == ((2, 5), (1, 11, 16))
     image = wave((1, 1, 4, 10), 1.7)
     swapped = image.clone()
     swapped[..., 2:, 2:4], swapped[..., 2:, 4:6] = image[..., 2:, 4:6], image[..., 2:, 2:4]

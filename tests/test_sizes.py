@@ -7,22 +7,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from workers.errors import ConfigError
 from workers.models import build_model
-from workers.models.sizes import (
-    RESNET_SIZES,
-    VIT_SIZES,
-    image_shape,
-    patch_grid,
-    resnet_flops,
-    resnet_parameters,
-    vit_flops,
-    vit_parameters,
-)
+from workers.models.resnet_sizes import RESNET_SIZES, resnet_flops, resnet_parameters
+from workers.models.sizes import VIT_SIZES, ViTSpec, image_shape, patch_grid, vit_flops, vit_parameters
 
 SHAPES = [
     {"image_size": 224, "patch_size": 16, "channels": 3, "num_classes": 1000},
     {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10},
     {"image_size": (28, 70), "patch_size": 14, "channels": 3, "num_classes": 7},
 ]
+
+
+def spec_of(name, *, image_size, **shape):
+    return ViTSpec(size=VIT_SIZES[name], image_size=image_shape(image_size), **shape)
 
 
 def measured(family, size, shape):
@@ -38,8 +34,8 @@ def measured(family, size, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", VIT_SIZES)
 def test_vit_closed_forms_are_those_of_the_module(name, shape):
-    size = VIT_SIZES[name]
-    assert (vit_parameters(size, **shape), vit_flops(size, **shape)) == measured("vit", name, shape)
+    spec = spec_of(name, **shape)
+    assert (vit_parameters(spec), vit_flops(spec)) == measured("vit", name, shape)
 
 
 @pytest.mark.parametrize(("channels", "image_size"), [(3, 32), (1, 8), (3, (33, 18))])
@@ -65,8 +61,9 @@ def test_resnet_closed_forms_are_those_of_the_module(name, channels, image_size)
 )
 def test_published_sizes(name, patch_size, parameters, gmacs):
     shape = {"image_size": 224, "patch_size": patch_size, "channels": 3, "num_classes": 1000}
-    assert vit_parameters(VIT_SIZES[name], **shape) == parameters
-    assert vit_flops(VIT_SIZES[name], **shape) / 2e9 == pytest.approx(gmacs, rel=6e-3)
+    spec = spec_of(name, **shape)
+    assert vit_parameters(spec) == parameters
+    assert vit_flops(spec) / 2e9 == pytest.approx(gmacs, rel=6e-3)
 
 
 def test_resnet_20_has_the_parameters_and_cost_of_the_paper():
@@ -79,7 +76,7 @@ def test_resnet_20_has_the_parameters_and_cost_of_the_paper():
 
 def test_toy_sizes_climb_from_ten_thousand_to_a_million_in_steps_of_about_three():
     shape = {"image_size": 32, "patch_size": 4, "channels": 3, "num_classes": 10}
-    counts = [vit_parameters(VIT_SIZES[name], **shape) for name in VIT_SIZES if name.startswith("digits")]
+    counts = [vit_parameters(spec_of(name, **shape)) for name in VIT_SIZES if name.startswith("digits")]
     assert counts == [11_882, 42_186, 119_194, 321_530, 1_007_626]
 
 

@@ -28,7 +28,8 @@ from tests.runs import (
     train_on,
     train_rank,
 )
-from workers.config import InitConfig, make_config, override
+from workers.config import InitConfig, make_config
+from workers.config_text import override
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.data.mixture import Source

@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.ingest import ingest
 from tests.runs import copy_cut, head_manifest, losses, tiny_config, train_on
-from workers.config import make_config, override
+from workers.config import make_config
+from workers.config_text import override
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.errors import ConfigError, DataError

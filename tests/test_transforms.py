@@ -178,10 +178,10 @@ def test_resizing_is_torchs_antialiased_bilinear(shape, size):
         mode="bilinear",
         antialias=True,
     )
-    assert np.abs(resize(pixels, size) - exact[0].numpy()).max() <= 1
+    assert np.abs(resize(pixels, (size, size)) - exact[0].numpy()).max() <= 1
     view = pixels[2:19, 1:8]
-    assert np.array_equal(resize(view, size), resize(view.copy(), size))
-    assert np.array_equal(resize(view[::-1], size), resize(view[::-1].copy(), size))
+    assert np.array_equal(resize(view, (size, size)), resize(view.copy(), (size, size)))
+    assert np.array_equal(resize(view[::-1], (size, size)), resize(view[::-1].copy(), (size, size)))
 
 
 def test_pixels_are_written_into_any_view():
@@ -246,13 +246,13 @@ def test_crops_are_those_of_the_upright_picture(orientation):
 
 def read_crop(data, rng, *, size):
     """A random crop of at least half of the picture as it is read, and from the pixels at full size."""
-    picture = open_picture(data, channels=3)
-    box = transforms._crop_box(picture.width, picture.height, 0.5, 0.75, rng)
-    crop = transforms._read_crop(picture, box, size)
+    picture, shape = open_picture(data, channels=3), (size, size)
+    box = transforms._crop_box(picture.width, picture.height, shape, AugmentConfig(min_scale=0.5), rng)
+    crop = transforms._read_crop(picture, box, shape)
     shrink = shrink_for((box[3] - box[1]) / size, (box[2] - box[0]) / size)
     left, top, right, bottom = (round(edge / shrink) * shrink for edge in box)
     assert min(crop.shape[:2]) >= min(size, right - left, bottom - top)
-    return resize(crop, size), resize(decode(data, channels=3)[top:bottom, left:right], size)
+    return resize(crop, shape), resize(decode(data, channels=3)[top:bottom, left:right], shape)
 
 
 def test_real_photographs_decoded_smaller_are_faithful(vitscale_test_data):

@@ -5,30 +5,38 @@ identity is the digest of what changes its result; where and how fast it runs is
 Nothing heavy is imported here: a laptop can check a configuration without torch.
 """
 
-import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from workers.config_text import explain, override, plain, read_yaml
 from workers.errors import ConfigError
+from workers.models.resnet_sizes import resnet_flops, resnet_parameters, resnet_size
 from workers.models.sizes import (
+    Activation,
+    Pool,
+    Positions,
+    Resampling,
+    ViTSpec,
+    image_shape,
     patch_grid,
-    resnet_flops,
-    resnet_parameters,
-    resnet_size,
     vit_flops,
     vit_parameters,
     vit_size,
 )
 
-MAX_SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
+VIT_OPTIONS = (
+    *("pool", "norm_after_pool", "positions", "embed_prefix", "registers", "qk_norm", "layer_scale"),
+    *("activation", "norm_epsilon", "hidden_head", "drop_path", "drop_path_uniform", "dropout"),
+)
+
+
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Part(BaseModel):
@@ -38,38 +46,74 @@ class Part(BaseModel):
 class ModelConfig(Part):
     family: Literal["vit", "resnet"] = "vit"
     size: str
-    """A name of `workers/models/sizes.py`: ti, s, b, l, h, the toy sizes, or a ResNet's depth."""
-    image_size: int = Field(gt=0)
-    """Pixels per side at which the model sees images."""
+    """A name of `workers/models/sizes.py` (ti, s, b, l, h, ..., the toy sizes) or `resnet_sizes.py`."""
+    image_size: Positive | tuple[Positive, Positive]
+    """Pixels per side at which the model sees images; [height, width] for those that are no squares."""
     patch_size: int = Field(default=16, gt=0)
     channels: Literal[1, 3] = 3
     num_classes: int = Field(default=0, ge=0)
     """0: as many as the data set has."""
+    # What follows is of ViTs; `ViTSpec` in `workers/models/sizes.py` says what each does.
+    pool: Pool = "cls"
+    norm_after_pool: bool = False
+    positions: Positions = "learned"
+    embed_prefix: bool = True
+    registers: int = Field(default=0, ge=0, le=64)
+    qk_norm: bool = False
+    layer_scale: float | None = Field(default=None, gt=0)
+    activation: Activation = "gelu"
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    hidden_head: bool = False
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    drop_path_uniform: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
         if self.family == "vit":
-            vit_size(self.size)
             patch_grid(self.image_size, self.patch_size)
+            _ = self.spec
         else:
             resnet_size(self.size)
+            image_shape(self.image_size)
         return self
 
     @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return image_shape(self.image_size)
+
+    @property
+    def spec(self) -> ViTSpec:
+        """Of a ViT."""
+        values = {name: getattr(self, name) for name in VIT_OPTIONS}
+        return ViTSpec(
+            size=vit_size(self.size),
+            image_size=self.image_shape,
+            patch_size=self.patch_size,
+            channels=self.channels,
+            num_classes=self.num_classes,
+            **values,
+        )
+
+    @property
     def parameters(self) -> int:
-        shape = {"channels": self.channels, "num_classes": self.num_classes}
-        if self.family == "resnet":
-            return resnet_parameters(resnet_size(self.size), **shape)
-        grid = {"image_size": self.image_size, "patch_size": self.patch_size}
-        return vit_parameters(vit_size(self.size), **grid, **shape)
+        if self.family == "vit":
+            return vit_parameters(self.spec)
+        size = resnet_size(self.size)
+        return resnet_parameters(size, channels=self.channels, num_classes=self.num_classes)
 
     @property
     def flops(self) -> int:
         """Of the forward pass, per image; a training step costs three times that."""
-        shape = {"image_size": self.image_size, "channels": self.channels, "num_classes": self.num_classes}
-        if self.family == "resnet":
-            return resnet_flops(resnet_size(self.size), **shape)
-        return vit_flops(vit_size(self.size), patch_size=self.patch_size, **shape)
+        if self.family == "vit":
+            return vit_flops(self.spec)
+        return resnet_flops(
+            resnet_size(self.size),
+            image_size=self.image_size,
+            channels=self.channels,
+            num_classes=self.num_classes,
+        )
 
 
 class AugmentConfig(Part):
@@ -137,24 +181,47 @@ class DataConfig(Part):
 
 
 class OptimConfig(Part):
+    optimizer: Literal["adamw", "sgd", "muon", "lamb"] = "adamw"
+    """sgd: with momentum. muon: for the matrices of the blocks, AdamW for the rest. lamb: as DeiT-III."""
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
+    """Decoupled; each step takes learning rate x this of a weight."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd and muon."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each block's learning rate is this times that of the block above (Clark et al. 2020; BEiT)."""
+    schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup_images: int = Field(default=0, ge=0)
+    decay_images: int | None = Field(default=None, gt=0)
+    """Where cosine and linear reach their end; None: where training does, or its cooldown begins."""
+    timescale_images: int = Field(default=10_240_000, gt=0)
+    """Of rsqrt: the rate is divided by sqrt(1 + images after warm-up / this) (Zhai et al. 2022)."""
+    cooldown_images: int = Field(default=0, ge=0)
+    """The last so many images take the rate linearly to 0."""
     final_learning_rate: float = Field(default=0.0, ge=0)
-    """Where the cosine ends."""
+    """Where cosine and linear end."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """sigmoid: each class on its own, summed over classes (Beyer et al. 2020, arXiv 2006.07159)."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    ema_images: int = Field(default=0, ge=0)
+    """Time constant of the moving average of weights that is evaluated beside them; 0: none."""
 
 
 class TrainConfig(Part):
     images: int = Field(gt=0)
     """Training ends after so many images, rounded up to whole global batches."""
     global_batch_size: int = Field(gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of what is computed; weights, moments, gradients' sums and the loss are float32 in any case."""
     eval_every_images: int = Field(gt=0)
     checkpoint_every_images: int = Field(gt=0)
     log_every_images: int = Field(default=1024, gt=0)
+    probe_images: int = Field(default=32, ge=0)
+    """Validation images on which each checkpoint's attention is looked at; 0: no probes."""
 
 
 class InitConfig(Part):
@@ -165,8 +232,21 @@ class InitConfig(Part):
     digest: str
     """sha256 of that manifest; anything else found there is refused."""
     new_head: bool = False
+    resampling: Resampling = "timm-bicubic"
+    """How position embeddings come to another grid; `workers/models/positions.py`."""
     parent: str
     """The registered version, as `model/version`."""
+
+
+class ForkConfig(Part):
+    """Go on from a checkpoint of another run: its weights, optimizer, average and place in the data."""
+
+    manifest: str
+    """URL of its MANIFEST.json."""
+    digest: str
+    """sha256 of that manifest; anything else found there is refused."""
+    parent: str
+    """The run that it is of."""
 
 
 class ComputeConfig(Part):
@@ -175,8 +255,24 @@ class ComputeConfig(Part):
     workers: int = Field(default=2, gt=0)
     cpus_per_worker: int = Field(default=1, gt=0)
     gpus_per_worker: int = Field(default=0, ge=0)
-    microbatch_size: int | None = Field(default=None, gt=0)
-    """Images per forward and rank; None: a rank's whole share of the global batch."""
+    shard_workers: int | None = Field(default=None, gt=0)
+    """Workers that share one copy of weights and moments (hybrid sharding): groups of so many are replicas of
+    each other. None: all workers share one."""
+    microbatch_size: Positive | Literal["auto"] | None = None
+    """Images per forward and rank; auto: what fits the device's memory; None: a rank's whole share of the
+    global batch."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass instead of kept: nothing; all but the results of matrix
+    products and attention; all within each block."""
+    compile: bool = False
+    """torch.compile of each block: slow first steps, faster ones after."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time; slower on GPUs."""
+    profile_steps: int = Field(default=0, ge=0)
+    """So many steps, from the tenth after a start, are traced by torch.profiler; rank 0's trace lies in the
+    run's `traces/`."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Of one worker's device, for MFU; None: known for common GPUs, measured otherwise."""
     prefetch_batches: int = Field(default=4, gt=0)
     readers: int = Field(default=0, ge=0)
     """Processes per worker that read and decode, each some of its lanes; 0: threads of the worker itself.
@@ -197,6 +293,7 @@ class RunConfig(Part):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
     init: InitConfig | None = None
+    fork: ForkConfig | None = None
     compute: ComputeConfig = ComputeConfig()
 
     @model_validator(mode="after")
@@ -215,6 +312,17 @@ class RunConfig(Part):
             raise ValueError(
                 f"compute.workers {self.compute.workers} exceeds data.lanes {lanes}; raise data.lanes"
             )
+        shards = self.compute.shard_workers
+        if shards is not None and self.compute.workers % shards:
+            raise ValueError(
+                f"compute.shard_workers {shards} does not divide compute.workers {self.compute.workers}"
+            )
+        if self.init is not None and self.fork is not None:
+            raise ValueError("init, fork: a run starts from weights, or goes on from a checkpoint, not both")
+        if self.optim.cooldown_images > self.train.images:
+            raise ValueError(
+                f"optim.cooldown_images {self.optim.cooldown_images} exceeds train.images {self.train.images}"
+            )
         return self
 
     @property
@@ -230,9 +338,12 @@ class RunConfig(Part):
         for layout in ("image_key", "label"):  # checks: what they say is in the index, and its fingerprint
             identity["data"].pop(layout)
         if self.init is not None:
-            identity["init"] = {"digest": self.init.digest, "new_head": self.init.new_head}
-        for interval in ("log_every_images", "checkpoint_every_images", "eval_every_images"):
-            identity["train"].pop(interval)
+            for place in ("manifest", "parent"):
+                identity["init"].pop(place)
+        if self.fork is not None:
+            identity["fork"] = self.fork.digest
+        for shown in ("log_every_images", "checkpoint_every_images", "eval_every_images", "probe_images"):
+            identity["train"].pop(shown)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -252,121 +363,10 @@ class RunConfig(Part):
 def make_config(values: Mapping[str, Any]) -> RunConfig:
     """A configuration from plain values; ConfigError names each wrong field."""
     try:
-        return RunConfig.model_validate_json(json.dumps(_plain(values)))
+        return RunConfig.model_validate_json(json.dumps(plain(values)))
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return make_config(override(read_yaml(path), overrides))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = _parse(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected fields, found {type(values).__name__}")
-    return _plain(values, str(path))
-
-
-def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`["optim.learning_rate=0.01"]` applied; values are read as YAML."""
-    result = _plain(values)
-    for text in overrides:
-        path, separator, value = text.partition("=")
-        *parents, last = (part.strip() for part in path.split("."))
-        if not separator or not all([*parents, last]):
-            raise ConfigError(f"--set {text}: expected field=value, such as optim.learning_rate=0.01")
-        node = result
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {text}: {parent} is a value, not a group of fields")
-            node = child
-        try:
-            node[last] = _parse(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from None
-    return _plain(result)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 and 1e6 as text; people mean the numbers, of which the second is whole."""
-
-
-def _exponential(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
-    value = float(node.value)
-    return int(value) if value.is_integer() else value
-
-
-_Loader.add_implicit_resolver(
-    "!exponential", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+$"), list("+-.0123456789")
-)
-_Loader.add_constructor("!exponential", _exponential)
-
-
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
-
-
-def _plain(values: Mapping[str, Any], where: str = "configuration") -> dict[str, Any]:
-    """As JSON has it: what else YAML knows, such as dates, becomes text."""
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=str))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-    return plain
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """One line per wrong field, with the nearest known name for a misspelt one."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown field; {_hint(item['loc'], model)}")
-        elif item["type"] == "missing":
-            lines.append(f"{where}: missing")
-        elif item["type"] == "value_error":
-            lines.append(f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"]))
-        else:
-            found = repr(item["input"])
-            found = found if len(found) <= MAX_SHOWN else f"{found[:MAX_SHOWN]}..."
-            lines.append(f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, got {found}")
-    return "\n".join(lines)
-
-
-def _hint(path: tuple[int | str, ...], root: type[BaseModel]) -> str:
-    """The field that was meant: of that name elsewhere, or one of the same group with a like name."""
-    *group, name = path
-    model = root
-    for part in group:
-        if isinstance(part, str):
-            model = _groups(model)[part]
-    near = difflib.get_close_matches(str(name), model.model_fields, n=1)
-    meant = _find(root, str(name)) or [".".join(str(part) for part in (*group, like)) for like in near]
-    return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(model.model_fields)}"
-
-
-def _find(model: type[BaseModel], name: str) -> list[str]:
-    """Dotted paths of all fields of this name."""
-    found = [name] if name in model.model_fields else []
-    for group, part in _groups(model).items():
-        found += [f"{group}.{path}" for path in _find(part, name)]
-    return found
-
-
-def _groups(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The fields that hold fields, with what they hold."""
-    return {
-        name: option
-        for name, field in model.model_fields.items()
-        for option in (field.annotation, *getattr(field.annotation, "__args__", ()))
-        if isinstance(option, type) and issubclass(option, BaseModel)
-    }

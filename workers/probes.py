@@ -34,10 +34,10 @@ def patch_filters(model: VisionTransformer) -> NDArray[np.float64]:
 
 def position_similarity(model: VisionTransformer) -> NDArray[np.float64]:
     """Cosine between the position embeddings of each pair of patches, (h, w, h, w), no class token."""
-    embedding = model.pos_embed.detach()[0, model.num_prefix :].double().cpu().numpy()
+    embedding = model.pos_embed.detach()[0, model.spec.embedded_prefix :].double().cpu().numpy()
     norms = np.linalg.norm(embedding, axis=1, keepdims=True)
     unit = embedding / np.maximum(norms, np.finfo(np.float64).tiny)
-    return np.asarray((unit @ unit.T).reshape(*model.grid, *model.grid), dtype=np.float64)
+    return np.asarray((unit @ unit.T).reshape(*model.spec.grid, *model.spec.grid), dtype=np.float64)
 
 
 def attention_distance(model: VisionTransformer, images: Tensor) -> NDArray[np.float64]:
@@ -50,7 +50,7 @@ def attention_distance(model: VisionTransformer, images: Tensor) -> NDArray[np.f
     rows: dict[int, Tensor] = {}
 
     def visit(block: int, logits_BANN: Tensor) -> None:
-        patches = logits_BANN[..., model.num_prefix :, model.num_prefix :]
+        patches = logits_BANN[..., model.spec.num_prefix :, model.spec.num_prefix :]
         # Softmax over the patches is the renormalised attention, without dividing by a sum that the class
         # token may have left near zero.
         weighted = patches.softmax(dim=-1) * distance_NN
@@ -87,7 +87,7 @@ def _visit_one(index: int, visit: Visit, attention: nn.Module, inputs: tuple[Ten
 
 def _patch_distances(model: VisionTransformer) -> Tensor:
     """Pixels between the centres of each pair of patches, (h * w, h * w)."""
-    height, width = model.grid
+    height, width = model.spec.grid
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    centres = torch.stack([rows.flatten(), columns.flatten()], dim=1).float() * model.patch_size
+    centres = torch.stack([rows.flatten(), columns.flatten()], dim=1).float() * model.spec.patch_size
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -77,7 +77,7 @@ def collect_probe(version: Version, config: RunConfig, name: str) -> Probe:
     images, _ = _validation_images(DatasetIndex.open(config.data.validation_url), config)
     return Probe(
         name=name,
-        image_size=config.model.image_size,
+        image_size=max(config.model.image_shape),
         patch_size=config.model.patch_size,
         patch_filters=probes.patch_filters(model).astype(np.float64),
         position_similarity=probes.position_similarity(model).astype(np.float64),

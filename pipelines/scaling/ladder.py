@@ -17,7 +17,8 @@ from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT, read_config, run_job
 from pipelines.recipes import DataFacts, read_facts, vit_digits
 from pipelines.scaling.laws import PowerLaw, error_rate, fit_power_law, wilson_interval
-from workers.config import Part, RunConfig, explain, make_config, read_yaml
+from workers.config import Part, RunConfig, make_config
+from workers.config_text import explain, read_yaml
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
 from workers.storage import open_store

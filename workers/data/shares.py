@@ -11,6 +11,7 @@ from workers.data.lookahead import Lookahead, mean_bytes, train_loads
 from workers.data.mixture import Source
 from workers.data.samples import Cache, SampleReader, StageTimes
 from workers.data.transforms import DecodeTimes, sample_rng, train_transform
+from workers.models.sizes import image_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class ShareSettings:
     """What all readers of a stream have in common."""
 
     start_step: int
-    image_size: int
+    image_size: int | tuple[int, int]
     channels: Literal[1, 3]
     augment: AugmentConfig
     prefetch_bytes: int
@@ -29,7 +30,7 @@ class ShareSettings:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of an image."""
-        return self.channels, self.image_size, self.image_size
+        return self.channels, *image_shape(self.image_size)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "augment": self.augment.model_dump()}

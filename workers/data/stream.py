@@ -18,6 +18,7 @@ from workers.data.readers import Readers
 from workers.data.samples import Cache, SampleReader, Samples, StageTimes
 from workers.data.shares import Share, ShareSettings
 from workers.data.transforms import DecodeTimes, eval_transform
+from workers.models.sizes import image_shape
 
 PREFETCH_BYTES, VALIDATION_BYTES = 256 << 20, 64 << 20
 
@@ -32,7 +33,7 @@ class TrainStream:
         rank: int,
         world_size: int,
         start_step: int,
-        image_size: int,
+        image_size: int | tuple[int, int],
         channels: Literal[1, 3],
         augment: AugmentConfig,
         prefetch_batches: int,
@@ -127,7 +128,7 @@ def validation_batches(
     batch_size: int,
     rank: int,
     world_size: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     channels: Literal[1, 3],
     ledger: Ledger,
     prefetch: int,
@@ -155,7 +156,7 @@ def validation_batches(
             Row(raw, 0, 0, decoder)
             for raw in samples.take(own[number * batch_size : (number + 1) * batch_size])
         ]
-        arrays = Arrays(batch_size, (channels, image_size, image_size))
+        arrays = Arrays(batch_size, (channels, *image_shape(image_size)))
         bad = assembler.fill(arrays, rows, range(len(rows)))
         return arrays.batch(len(rows), bad)
 

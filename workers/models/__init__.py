@@ -1,9 +1,10 @@
-"""Models by name: a Vision Transformer and the small ResNet that it is compared with."""
+"""Models by name: Vision Transformers, and the ResNets that they are compared with."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workers.errors import ConfigError
-from workers.models.sizes import image_shape, patch_grid, resnet_size, vit_size
+from workers.models.resnet_sizes import resnet_size
+from workers.models.sizes import ViTSpec, image_shape, patch_grid, vit_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,11 +20,13 @@ def build_model(
     patch_size: int,
     channels: int,
     num_classes: int,
+    **options: Any,
 ) -> "nn.Module":
     """A model with initial weights on torch's current device (meta: call `init_weights` after `to_empty`).
 
-    It maps float images (B, channels, height, width) to logits (B, num_classes). A ResNet has no patches and
-    leaves `patch_size` unread. ConfigError names the field that cannot work.
+    It maps float images (B, channels, height, width) to logits (B, num_classes). `options` are those of a
+    `ViTSpec`; a ResNet has neither patches nor options, and leaves them unread. ConfigError names the field
+    that cannot work.
     """
     for field, value in (("channels", channels), ("num_classes", num_classes)):
         if value < 1:
@@ -33,13 +36,15 @@ def build_model(
         from workers.models.vit import VisionTransformer
 
         patch_grid(image_size, patch_size)
-        return VisionTransformer(
-            vit_size(size),
+        spec = ViTSpec(
+            size=vit_size(size),
             image_size=image_shape(image_size),
             patch_size=patch_size,
             channels=channels,
             num_classes=num_classes,
+            **options,
         )
+        return VisionTransformer(spec)
     if family == "resnet":
         from workers.models.resnet import ResNet
 

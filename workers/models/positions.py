@@ -1,6 +1,7 @@
-"""Position embeddings on another grid of patches."""
+"""Positions of patches: fixed and rotary ones, and embeddings resampled to another grid."""
 
-from typing import Literal
+import math
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -41,3 +42,41 @@ def resample_position_embedding(
     planes = functional.interpolate(planes, size=new_grid, mode="bicubic", antialias=True)
     resampled = planes.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)
     return torch.cat([prefix, resampled], dim=1)
+
+
+def sincos2d(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed positions (1, h * w, D) of Beyer et al. 2022: sines and cosines of x, then of y."""
+    height, width_ = grid
+    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width_).double(), indexing="ij")
+    omega = 10_000.0 ** -(torch.arange(width // 4).double() / max(1, width // 4 - 1))
+    angles_x, angles_y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega
+    table = torch.cat([angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()], dim=1)
+    return table.float()[None]
+
+
+class Rotary(NamedTuple):
+    """Sines and cosines (h * w, E) by which queries and keys of the patches are turned.
+
+    DINOv3's (Simeoni et al. 2025, section 3.2): coordinates of the patches' centres are normalised to -1..1
+    on each side, so they mean the same at any resolution; periods from 1 to 100.
+    """
+
+    sin: Tensor
+    cos: Tensor
+
+    @classmethod
+    def of(cls, grid: tuple[int, int], head_width: int, like: Tensor) -> Self:
+        """On the device of `like`, in its dtype."""
+        periods = 100.0 ** (torch.arange(head_width // 4, device=like.device) / (head_width // 4))
+        sides = [(torch.arange(n, device=like.device) + 0.5) / n * 2 - 1 for n in grid]
+        coordinates = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).flatten(0, 1)
+        angles = (2 * math.pi * coordinates[:, :, None] / periods).flatten(1).tile(2)
+        return cls(angles.sin().to(like.dtype), angles.cos().to(like.dtype))
+
+    def turn(self, x_BANE: Tensor) -> Tensor:
+        """The tokens before the patches have no place and stay as they are."""
+        num_prefix = x_BANE.shape[-2] - self.sin.shape[-2]
+        prefix, patches = x_BANE[..., :num_prefix, :], x_BANE[..., num_prefix:, :]
+        first, second = patches.chunk(2, dim=-1)
+        turned = patches * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+        return torch.cat([prefix, turned], dim=-2) if num_prefix else turned

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workers.models.sizes import ResNetSize
+from workers.models.resnet_sizes import ResNetSize
 
 CHANNELS_PER_GROUP = 8  # Wu and He 2018, table 3: as good as 16, and it divides a width of 16 into two groups
 

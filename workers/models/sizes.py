@@ -1,4 +1,4 @@
-"""Sizes by name, and what a model of that size costs, in closed form and without torch.
+"""ViT sizes by name, and what a model of that size costs, in closed form and without torch.
 
 Parameters are exact. FLOPs are two per multiply-add, forward, per image, and count matrix products and
 convolutions only (Kaplan et al. 2020, section 2.1; Hoffmann et al. 2022, appendix F). Normalisation,
@@ -6,10 +6,18 @@ softmax, activations and additions are left out: 0.1 % of ViT-B/16 at 224. "GMAC
 them, are half of that. A training step costs three times the forward pass.
 """
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from workers.errors import ConfigError
+
+Pool = Literal["cls", "gap", "map"]
+Positions = Literal["learned", "sincos2d", "rope"]
+Activation = Literal["gelu", "gelu_tanh"]
+Resampling = Literal["timm-bicubic", "bicubic", "bicubic-corners", "bilinear"]
+"""Conventions for position embeddings on another grid, see `workers/models/positions.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +28,6 @@ class ViTSize:
     num_heads: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResNetSize:
-    """6 * blocks_per_stage + 2 layers in three stages of `width`, 2 * width and 4 * width channels."""
-
-    blocks_per_stage: int
-    width: int = 16
-
-
 VIT_SIZES = {
     # Toy sizes for images of 8 to 32 pixels on a few cores: 16 wide heads, mlp_dim = 4 * width as in the
     # sizes below, and some three times the parameters from one to the next (10 k to 1 M).
@@ -36,32 +36,86 @@ VIT_SIZES = {
     "digits": ViTSize(width=48, depth=4, mlp_dim=192, num_heads=3),
     "digits-l": ViTSize(width=80, depth=4, mlp_dim=320, num_heads=5),
     "digits-xl": ViTSize(width=128, depth=5, mlp_dim=512, num_heads=8),
+    # Zhai et al. 2022 (arXiv 2106.04560), table 2; there it is called s, in small.
+    "xs": ViTSize(width=256, depth=6, mlp_dim=1024, num_heads=8),
     # Ti and S: Touvron et al. 2021 (DeiT), table 1. B, L, H: Dosovitskiy et al. 2021, table 1.
     "ti": ViTSize(width=192, depth=12, mlp_dim=768, num_heads=3),
     "s": ViTSize(width=384, depth=12, mlp_dim=1536, num_heads=6),
     "b": ViTSize(width=768, depth=12, mlp_dim=3072, num_heads=12),
     "l": ViTSize(width=1024, depth=24, mlp_dim=4096, num_heads=16),
     "h": ViTSize(width=1280, depth=32, mlp_dim=5120, num_heads=16),
+    # Alabdulmohsin et al. 2023 (arXiv 2305.13035), the shape-optimised model of 400 M parameters.
+    "so400m": ViTSize(width=1152, depth=27, mlp_dim=4304, num_heads=16),
+    # Zhai et al. 2022, table 2: "giant" and "gigantic"; capitals matter.
+    "g": ViTSize(width=1408, depth=40, mlp_dim=6144, num_heads=16),
+    "G": ViTSize(width=1664, depth=48, mlp_dim=8192, num_heads=16),
 }
 
-# He et al. 2016, section 4.2 and table 6.
-RESNET_SIZES = {
-    "8": ResNetSize(blocks_per_stage=1),
-    "14": ResNetSize(blocks_per_stage=2),
-    "20": ResNetSize(blocks_per_stage=3),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSpec:
+    """All that decides a ViT's tensors and what it computes."""
+
+    size: ViTSize
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    patch_size: int
+    channels: int
+    num_classes: int
+    pool: Pool = "cls"
+    """What the head sees: the class token; or, without one, the mean of the patches (after the last norm,
+    Beyer et al. 2022) or an attention pool over them (Zhai et al. 2022, section 3.2)."""
+    norm_after_pool: bool = False
+    """The last norm is of the pooled mean, not of the tokens: `fc_norm` of timm."""
+    positions: Positions = "learned"
+    """learned: of the class token and registers, too. sincos2d: fixed (Beyer et al. 2022). rope: queries and
+    keys are rotated by their place (Simeoni et al. 2025, DINOv3), which works at any resolution."""
+    embed_prefix: bool = True
+    """Learned positions also for class token and registers; DeiT-III and DINOv2's registers go without."""
+    registers: int = 0
+    """Tokens that are thrown away at the end (Darcet et al. 2024, arXiv 2309.16588)."""
+    qk_norm: bool = False
+    """LayerNorm of queries and keys, per head (Dehghani et al. 2023, arXiv 2302.05442)."""
+    layer_scale: float | None = None
+    """Initial factor of each residual branch, learned per channel (Touvron et al. 2021, arXiv 2103.17239)."""
+    activation: Activation = "gelu"
+    """gelu_tanh: the approximation that JAX's models were trained with."""
+    norm_epsilon: float = 1e-6
+    """As in the JAX original and timm; torch's own default is 1e-5, Hugging Face's ViT has 1e-12."""
+    hidden_head: bool = False
+    """A layer with tanh before the head, as the paper pretrains (section 3.1); fine-tuning drops it."""
+    drop_path: float = 0.0
+    """Stochastic depth: rate of the last block (Huang et al. 2016, arXiv 1603.09382)."""
+    drop_path_uniform: bool = False
+    """The same rate in all blocks (DeiT-III) instead of a linear ramp from 0."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.norm_after_pool and self.pool != "gap":
+            raise ConfigError(f"model.norm_after_pool: needs model.pool gap, not {self.pool}")
+        if self.positions != "learned" and self.size.width // self.size.num_heads % 4:
+            raise ConfigError(f"model.positions: {self.positions} needs heads of a multiple of 4 channels")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the patch tokens."""
+        return patch_grid(self.image_size, self.patch_size)
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class token, then registers."""
+        return int(self.pool == "cls") + self.registers
+
+    @property
+    def embedded_prefix(self) -> int:
+        """Rows of `pos_embed` before those of the patches."""
+        return self.num_prefix if self.embed_prefix and self.positions == "learned" else 0
 
 
 def vit_size(name: str) -> ViTSize:
     if name not in VIT_SIZES:
-        raise _unknown_size("ViT", name, VIT_SIZES)
+        raise unknown_size("ViT", name, VIT_SIZES)
     return VIT_SIZES[name]
-
-
-def resnet_size(name: str) -> ResNetSize:
-    if name not in RESNET_SIZES:
-        raise _unknown_size("ResNet", name, RESNET_SIZES)
-    return RESNET_SIZES[name]
 
 
 def image_shape(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -85,65 +139,50 @@ def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int,
     return height // patch_size, width // patch_size
 
 
-def vit_parameters(
-    size: ViTSize, *, image_size: int | tuple[int, int], patch_size: int, channels: int, num_classes: int
-) -> int:
-    grid = patch_grid(image_size, patch_size)
-    width, mlp_dim = size.width, size.mlp_dim
-    patch_embedding = channels * patch_size**2 * width + width
-    positions = (1 + grid[0] * grid[1]) * width
-    norms = 2 * 2 * width
-    attention = 3 * (width * width + width) + width * width + width
-    mlp = width * mlp_dim + mlp_dim + mlp_dim * width + width
-    head = width * num_classes + num_classes
-    class_token, final_norm = width, 2 * width
-    blocks = size.depth * (norms + attention + mlp)
-    return patch_embedding + class_token + positions + blocks + final_norm + head
+def vit_parameters(spec: ViTSpec) -> int:
+    """Trainable numbers; fixed positions are none."""
+    width, mlp_dim, depth = spec.size.width, spec.size.mlp_dim, spec.size.depth
+    rows = spec.grid[0] * spec.grid[1] + spec.embedded_prefix
+    embedding = _linear(spec.channels * spec.patch_size**2, width)
+    embedding += spec.num_prefix * width + (rows * width if spec.positions == "learned" else 0)
+    norm = 2 * width
+    mlp = _linear(width, mlp_dim) + _linear(mlp_dim, width)
+    block = 2 * norm + _linear(width, 3 * width) + _linear(width, width) + mlp
+    block += 4 * (width // spec.size.num_heads) if spec.qk_norm else 0
+    block += 2 * width if spec.layer_scale is not None else 0
+    pool = 0
+    if spec.pool == "map":  # a latent; projections of it, of keys and values, and of the result; norm and MLP
+        pool = width + _linear(width, width) + _linear(width, 2 * width) + _linear(width, width) + norm + mlp
+    hidden = _linear(width, width) if spec.hidden_head else 0
+    return embedding + depth * block + norm + pool + hidden + _linear(width, spec.num_classes)
 
 
-def vit_flops(
-    size: ViTSize, *, image_size: int | tuple[int, int], patch_size: int, channels: int, num_classes: int
-) -> int:
-    grid = patch_grid(image_size, patch_size)
-    patches = grid[0] * grid[1]
-    tokens = 1 + patches
-    patch_embedding = patches * channels * patch_size**2 * size.width
-    projections = tokens * 4 * size.width**2
-    scores_and_mixing = 2 * tokens**2 * size.width
-    mlp = 2 * tokens * size.width * size.mlp_dim
-    multiply_adds = patch_embedding + size.depth * (projections + scores_and_mixing + mlp)
-    return 2 * (multiply_adds + size.width * num_classes)
+def vit_flops(spec: ViTSpec) -> int:
+    width, mlp_dim = spec.size.width, spec.size.mlp_dim
+    patches = spec.grid[0] * spec.grid[1]
+    tokens = spec.num_prefix + patches
+    patch_embedding = patches * spec.channels * spec.patch_size**2 * width
+    projections = tokens * 4 * width**2
+    scores_and_mixing = 2 * tokens**2 * width
+    mlp = 2 * width * mlp_dim
+    multiply_adds = patch_embedding + spec.size.depth * (projections + scores_and_mixing + tokens * mlp)
+    if spec.pool == "map":
+        multiply_adds += 2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width + mlp
+    if spec.hidden_head:
+        multiply_adds += width**2
+    return 2 * (multiply_adds + width * spec.num_classes)
 
 
-def resnet_parameters(size: ResNetSize, *, channels: int, num_classes: int) -> int:
-    convolutions = sum(9 * inputs * outputs for inputs, outputs, _ in _convolutions(size, channels))
-    norms = sum(2 * outputs for _, outputs, _ in _convolutions(size, channels))
-    return convolutions + norms + 4 * size.width * num_classes + num_classes
-
-
-def resnet_flops(
-    size: ResNetSize, *, image_size: int | tuple[int, int], channels: int, num_classes: int
-) -> int:
-    height, width = image_shape(image_size)
-    multiply_adds = 4 * size.width * num_classes
-    for inputs, outputs, stride in _convolutions(size, channels):
-        multiply_adds += 9 * inputs * outputs * -(-height // stride) * -(-width // stride)
-    return 2 * multiply_adds
-
-
-def _convolutions(size: ResNetSize, channels: int) -> list[tuple[int, int, int]]:
-    """(input channels, output channels, stride of the output against the image) of each 3 x 3 convolution."""
-    rows = [(channels, size.width, 1)]
-    for stage in range(3):
-        outputs = size.width * 2**stage
-        for _ in range(2 * size.blocks_per_stage):
-            rows.append((rows[-1][1], outputs, 2**stage))
-    return rows
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
 
 
 def _whole_patches(pixels: int, patch_size: int) -> int:
     return max(1, pixels // patch_size) * patch_size
 
 
-def _unknown_size(family: str, name: str, known: Iterable[str]) -> ConfigError:
-    return ConfigError(f"model.size: no {family} is called {name!r}; choose one of {', '.join(known)}")
+def unknown_size(family: str, name: str, known: Iterable[str]) -> ConfigError:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1) or [name.lower()] * (name.lower() in known)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"model.size: no {family} is called {name!r}{meant}; choose one of {', '.join(known)}")

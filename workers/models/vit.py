@@ -1,114 +1,241 @@
-"""The Vision Transformer of Dosovitskiy et al. 2021 (arXiv 2010.11929), with timm's parameter names.
+"""The Vision Transformer of Dosovitskiy et al. 2021 (arXiv 2010.11929) and its offspring, with timm's names.
 
-Shape suffixes: B batch, C channels, H W pixels, N tokens (class token first), D width, A attention heads,
-E width of one head, K classes.
+Shape suffixes: B batch, C channels, H W pixels, N tokens (class token and registers first), D width,
+A attention heads, E width of one head, K classes.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
-from workers.models.sizes import ViTSize, patch_grid
-
-EPSILON = 1e-6  # of every norm, as in the JAX original and timm; torch's own default is 1e-5
+from workers.models.positions import Rotary, sincos2d
+from workers.models.sizes import ViTSpec
 
 
 class PatchEmbed(nn.Module):
-    """Cut into patches and project each: a convolution whose stride is its kernel."""
+    """Cut into patches and project each: what a convolution does whose stride is its kernel."""
 
-    def __init__(self, *, channels: int, patch_size: int, width: int) -> None:
+    def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        p = self.patch_size = spec.patch_size
+        self.proj = nn.Conv2d(spec.channels, spec.size.width, kernel_size=p, stride=p)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        x_BDHW: Tensor = self.proj(images_BCHW)
-        return x_BDHW.flatten(2).transpose(1, 2)
+        # As a matrix product, which is faster than cuDNN's and oneDNN's convolutions of this shape.
+        batch, channels, height, width = images_BCHW.shape
+        p = self.patch_size
+        patches = images_BCHW.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        rows = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
+        embedded: Tensor = F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+        return embedded
 
 
 class Attention(nn.Module):
-    def __init__(self, *, width: int, num_heads: int) -> None:
+    def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        width, self.num_heads = spec.size.width, spec.size.num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(width // self.num_heads, eps=spec.norm_epsilon) if spec.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(spec.dropout)
 
-    def split_heads(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, A, N, E)."""
+    def split_heads(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, A, N, E), as the scores are computed from them."""
         batch, tokens, width = x_BND.shape
         qkv = self.qkv(x_BND).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q_BANE, k_BANE, v_BANE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q_BANE, k_BANE = self.q_norm(q_BANE), self.k_norm(k_BANE)
+        if rotary is not None:
+            q_BANE, k_BANE = rotary.turn(q_BANE), rotary.turn(k_BANE)
         return q_BANE, k_BANE, v_BANE
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        mixed_BANE = functional.scaled_dot_product_attention(*self.split_heads(x_BND))
-        projected: Tensor = self.proj(mixed_BANE.transpose(1, 2).flatten(2))
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+        mixed_BANE = attend(*self.split_heads(x_BND, rotary))
+        projected: Tensor = self.proj_drop(self.proj(mixed_BANE.transpose(1, 2).flatten(2)))
         return projected
 
 
+def attend(q_BANE: Tensor, k_BANE: Tensor, v_BANE: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, by whichever kernel is fastest for device and dtype."""
+    if q_BANE.device.type == "cpu" and q_BANE.dtype == torch.bfloat16:
+        # Torch's fused attention for CPUs makes a step of S/16 in bfloat16 1.4 times as long.
+        scores = (q_BANE * q_BANE.shape[-1] ** -0.5) @ k_BANE.transpose(-2, -1)
+        mixed_BANE: Tensor = scores.softmax(dim=-1) @ v_BANE
+        return mixed_BANE
+    return F.scaled_dot_product_attention(q_BANE, k_BANE, v_BANE)
+
+
 class Mlp(nn.Module):
-    def __init__(self, *, width: int, hidden: int) -> None:
+    def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(spec.size.width, spec.size.mlp_dim)
+        self.fc2 = nn.Linear(spec.size.mlp_dim, spec.size.width)
+        self.drop = nn.Dropout(spec.dropout)
+        self.approximate = "tanh" if spec.activation == "gelu_tanh" else "none"
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        out_BND: Tensor = self.fc2(functional.gelu(self.fc1(x_BND)))
+        hidden = self.drop(F.gelu(self.fc1(x_BND), approximate=self.approximate))
+        out_BND: Tensor = self.drop(self.fc2(hidden))
         return out_BND
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND * self.gamma
 
 
 class Block(nn.Module):
     """Pre-norm residual block: equations 2 and 3 of the paper."""
 
-    def __init__(self, size: ViTSize) -> None:
+    def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(size.width, eps=EPSILON)
-        self.attn = Attention(width=size.width, num_heads=size.num_heads)
-        self.norm2 = nn.LayerNorm(size.width, eps=EPSILON)
-        self.mlp = Mlp(width=size.width, hidden=size.mlp_dim)
+        width = spec.size.width
+        self.norm1 = nn.LayerNorm(width, eps=spec.norm_epsilon)
+        self.attn = Attention(spec)
+        self.norm2 = nn.LayerNorm(width, eps=spec.norm_epsilon)
+        self.mlp = Mlp(spec)
+        self.ls1, self.ls2 = (
+            nn.Identity() if spec.layer_scale is None else LayerScale(width, spec.layer_scale)
+            for _ in range(2)
+        )
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attn(self.norm1(x_BND))
-        out_BND: Tensor = x_BND + self.mlp(self.norm2(x_BND))
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, keep_2B: Tensor | None = None) -> Tensor:
+        """`keep_2B`: factors of the two branches for each image, 0 where stochastic depth drops one."""
+        branch = self.ls1(self.attn(self.norm1(x_BND), rotary))
+        x_BND = x_BND + (branch if keep_2B is None else branch * keep_2B[0, :, None, None])
+        branch = self.ls2(self.mlp(self.norm2(x_BND)))
+        out_BND: Tensor = x_BND + (branch if keep_2B is None else branch * keep_2B[1, :, None, None])
         return out_BND
 
 
-class VisionTransformer(nn.Module):
-    """Logits (B, K) from the class token of float images (B, C, H, W), already normalised.
+class AttentionPool(nn.Module):
+    """One learned query that looks at all tokens, then an MLP: the MAP head of Zhai et al. 2022."""
 
-    `grid` is the (height, width) of the patch tokens; `num_prefix` counts the tokens before them, and
-    `pos_embed` (1, num_prefix + height * width, D) has a row for each of both.
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        width, self.num_heads = spec.size.width, spec.size.num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=spec.norm_epsilon)
+        self.mlp = Mlp(spec)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        batch, tokens, width = x_BND.shape
+        head = (self.num_heads, width // self.num_heads)
+        q_BANE = self.q(self.latent).view(1, 1, *head).transpose(1, 2).expand(batch, -1, -1, -1)
+        kv = self.kv(x_BND).view(batch, tokens, 2, *head)
+        k_BANE, v_BANE = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        pooled = self.proj(attend(q_BANE, k_BANE, v_BANE).transpose(1, 2).reshape(batch, 1, width))
+        out_BND: Tensor = pooled + self.mlp(self.norm(pooled))
+        return out_BND[:, 0]
+
+
+class HiddenLayer(nn.Module):
+    """The tanh layer of the head with which the paper pretrains."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        out_BD: Tensor = torch.tanh(self.fc(x_BD))
+        return out_BD
+
+
+class VisionTransformer(nn.Module):
+    """Logits (B, K) of float images (B, C, H, W), already normalised.
+
+    `spec.grid` is the (height, width) of the patch tokens; `spec.num_prefix` counts the tokens before them.
+    `pos_embed` is (1, spec.embedded_prefix + height * width, D); fixed ones are a parameter that takes no
+    gradient, so that they are saved and resampled as learned ones are.
     """
 
-    num_prefix = 1
-
-    def __init__(
-        self, size: ViTSize, *, image_size: tuple[int, int], patch_size: int, channels: int, num_classes: int
-    ) -> None:
+    def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        assert size.width % size.num_heads == 0
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.grid = patch_grid(image_size, patch_size)
-        tokens = self.num_prefix + self.grid[0] * self.grid[1]
-        self.cls_token = nn.Parameter(torch.empty(1, self.num_prefix, size.width))
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, size.width))
-        self.patch_embed = PatchEmbed(channels=channels, patch_size=patch_size, width=size.width)
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.width, eps=EPSILON)
-        self.head = nn.Linear(size.width, num_classes)
+        width, depth = spec.size.width, spec.size.depth
+        assert width % spec.size.num_heads == 0
+        self.spec = spec
+        if spec.pool == "cls":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        if spec.registers:
+            self.reg_token = nn.Parameter(torch.empty(1, spec.registers, width))
+        if spec.positions != "rope":
+            rows = spec.embedded_prefix + spec.grid[0] * spec.grid[1]
+            learned = spec.positions == "learned"
+            self.pos_embed = nn.Parameter(torch.empty(1, rows, width), requires_grad=learned)
+        self.patch_embed = PatchEmbed(spec)
+        self.pos_drop = nn.Dropout(spec.dropout)
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(depth))
+        norm = nn.LayerNorm(width, eps=spec.norm_epsilon)
+        if spec.norm_after_pool:
+            self.fc_norm = norm
+        else:
+            self.norm = norm
+        if spec.pool == "map":
+            self.attn_pool = AttentionPool(spec)
+        if spec.hidden_head:
+            self.pre_logits = HiddenLayer(width)
+        self.head = nn.Linear(width, spec.num_classes)
         self.init_weights()
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def forward(self, images_BCHW: Tensor, keep: Tensor | None = None) -> Tensor:
+        """`keep` (depth, 2, B): see `Block`; None keeps all."""
         # A wrong size with the right number of tokens would give wrong positions without any error.
-        if images_BCHW.shape[-2:] != self.image_size:
-            raise ValueError(f"model for images of {self.image_size}, given {tuple(images_BCHW.shape)}")
-        x_BND = self.patch_embed(images_BCHW)
-        cls_B1D = self.cls_token.expand(x_BND.shape[0], -1, -1)
-        x_BND = torch.cat([cls_B1D, x_BND], dim=1) + self.pos_embed
-        for block in self.blocks:
-            x_BND = block(x_BND)
-        logits_BK: Tensor = self.head(self.norm(x_BND[:, 0]))
+        if images_BCHW.shape[-2:] != self.spec.image_size:
+            raise ValueError(f"model for images of {self.spec.image_size}, given {tuple(images_BCHW.shape)}")
+        x_BND = self.embed(images_BCHW)
+        rotary = self._rotary(x_BND)
+        for index, block in enumerate(self.blocks):
+            x_BND = block(x_BND, rotary, None if keep is None else keep[index])
+        logits_BK: Tensor = self.head(self.features(x_BND))
         return logits_BK
+
+    def embed(self, images_BCHW: Tensor) -> Tensor:
+        """(B, N, D): what the first block sees."""
+        x_BND: Tensor = self.patch_embed(images_BCHW)
+        spec, batch = self.spec, x_BND.shape[0]
+        prefix = [self.cls_token.expand(batch, -1, -1)] if spec.pool == "cls" else []
+        prefix += [self.reg_token.expand(batch, -1, -1)] if spec.registers else []
+        if spec.positions == "rope":
+            x_BND = torch.cat([*prefix, x_BND], dim=1) if prefix else x_BND
+        elif spec.embedded_prefix == spec.num_prefix:
+            x_BND = (torch.cat([*prefix, x_BND], dim=1) if prefix else x_BND) + self.pos_embed
+        else:
+            x_BND = torch.cat([*prefix, x_BND + self.pos_embed], dim=1)
+        embedded: Tensor = self.pos_drop(x_BND)
+        return embedded
+
+    def features(self, x_BND: Tensor) -> Tensor:
+        """(B, D): what the head sees of the last block's tokens."""
+        spec = self.spec
+        if spec.pool == "cls":
+            pooled_BD = self.norm(x_BND[:, 0])
+        elif spec.norm_after_pool:
+            pooled_BD = self.fc_norm(x_BND[:, spec.num_prefix :].mean(dim=1))
+        elif spec.pool == "gap":
+            pooled_BD = self.norm(x_BND[:, spec.num_prefix :]).mean(dim=1)
+        else:
+            pooled_BD = self.attn_pool(self.norm(x_BND))
+        features_BD: Tensor = self.pre_logits(pooled_BD) if spec.hidden_head else pooled_BD
+        return features_BD
+
+    def _rotary(self, x_BND: Tensor) -> Rotary | None:
+        spec = self.spec
+        if spec.positions != "rope":
+            return None
+        return Rotary.of(spec.grid, spec.size.width // spec.size.num_heads, x_BND)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -119,15 +246,27 @@ class VisionTransformer(nn.Module):
         Deterministic in the generator's state (torch's own when None), which must be of the parameters'
         device. Call it on whole tensors: the draws of a sharded tensor depend on the sharding.
         """
-        nn.init.zeros_(self.cls_token)
-        nn.init.normal_(self.pos_embed, std=self.pos_embed.shape[-1] ** -0.5, generator=generator)
+        spec, width = self.spec, self.spec.size.width
+        if spec.pool == "cls":
+            nn.init.zeros_(self.cls_token)
+        if spec.registers:
+            nn.init.normal_(self.reg_token, std=width**-0.5, generator=generator)
+        if spec.positions == "learned":
+            nn.init.normal_(self.pos_embed, std=width**-0.5, generator=generator)
+        elif spec.positions == "sincos2d":
+            self.pos_embed.copy_(sincos2d(spec.grid, width))
         _lecun_normal(self.patch_embed.proj.weight, generator)
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, module.initial)
+            elif isinstance(module, AttentionPool):
+                nn.init.xavier_uniform_(module.latent[0], generator=generator)
             elif isinstance(module, nn.Linear) and module is not self.head:
-                # Queries, keys and values are three matrices in one.
-                for weight in module.weight.chunk(3 if name.endswith("qkv") else 1):
+                # Queries, keys and values are several matrices in one.
+                parts = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
+                for weight in module.weight.chunk(parts):
                     nn.init.xavier_uniform_(weight, generator=generator)
         nn.init.zeros_(self.head.weight)  # all classes equally likely: the first loss is log K
         for name, parameter in self.named_parameters():
@@ -135,7 +274,13 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(parameter)
 
 
+def drop_path_rates(spec: ViTSpec) -> list[float]:
+    """Of each block's two branches."""
+    last = max(1, spec.size.depth - 1)
+    return [spec.drop_path * (1 if spec.drop_path_uniform else n / last) for n in range(spec.size.depth)]
+
+
 def _lecun_normal(weight: Tensor, generator: torch.Generator | None) -> None:
     """Variance 1 / fan-in after truncation at two standard deviations (flax's lecun_normal)."""
-    std = weight[0].numel() ** -0.5 / 0.87962566103423978
+    std = 1 / math.sqrt(weight[0].numel()) / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -33,7 +33,7 @@ def adapt_state_dict(
             adapted[name] = torch.zeros(wanted[name].shape, dtype=wanted[name].dtype)
     if "pos_embed" in adapted:
         adapted["pos_embed"] = resample_position_embedding(
-            adapted["pos_embed"], source_grid, target.grid, num_prefix=target.num_prefix
+            adapted["pos_embed"], source_grid, target.spec.grid, num_prefix=target.spec.embedded_prefix
         )
     _check(adapted, wanted)
     return {name: adapted[name] for name in wanted}

@@ -130,7 +130,7 @@ def _train_under(
                 if events:
                     events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
             if evaluating:
-                images_per_rank = config.compute.microbatch_size or -(-batch_size // world_size)
+                images_per_rank = _microbatch_size(config) or -(-batch_size // world_size)
                 result = evaluate(
                     model,
                     config.model,
@@ -155,7 +155,7 @@ def _decode_threads(config: RunConfig) -> int:
     """One per core that is left to each reader; below some 64 px the interpreter is the limit and more
     threads only slow it down."""
     threads = config.compute.cpus_per_worker // max(1, config.compute.readers)
-    return max(1, threads) if config.model.image_size >= 64 else 1
+    return max(1, threads) if min(config.model.image_shape) >= 64 else 1
 
 
 def _initial_model(config: RunConfig) -> nn.Module:
@@ -196,7 +196,7 @@ def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
             step=state.step,
             num_classes=config.model.num_classes,
         )
-    for rows in _microbatches(len(labels), config.compute.microbatch_size):
+    for rows in _microbatches(len(labels), _microbatch_size(config)):
         logits = state.model(normalize(images[rows]))
         losses = F.cross_entropy(
             logits, targets[rows], reduction="none", label_smoothing=config.optim.label_smoothing
@@ -213,6 +213,11 @@ def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
     state.optimizer.step()
     state.optimizer.zero_grad()
     return totals
+
+
+def _microbatch_size(config: RunConfig) -> int | None:
+    size = config.compute.microbatch_size
+    return size if isinstance(size, int) else None
 
 
 def _microbatches(num_rows: int, size: int | None) -> Iterator[slice]:

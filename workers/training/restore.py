@@ -27,7 +27,7 @@ def restore_test(url: str, digest: str) -> None:
     if broken:
         raise CheckpointError(f"{url}: weights that are not finite: {', '.join(broken[:5])}")
     config = make_config(manifest.config).model
-    shape = (2, config.channels, config.image_size, config.image_size)
+    shape = (2, config.channels, *config.image_shape)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if not torch.isfinite(model(images)).all():
         raise CheckpointError(f"{url}: the restored model computes values that are not finite")
