@@ -1,34 +1,136 @@
-"""AdamW and its schedule. The learning rate is a pure function of the images seen."""
+"""Optimisers and their schedule. The learning rate is a pure function of the images seen."""
 
 import math
+import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from workers.config import OptimConfig
+from workers.training.lamb import Lamb
+from workers.training.muon import Muon
+
+EMBEDDINGS = ("cls_token", "reg_token", "pos_embed", "patch_embed", "conv1", "norm1")
+"""What lies before the first block; the last two are of ResNets."""
+Named = list[tuple[str, nn.Parameter]]
+TOKENS = ("cls_token", "reg_token", "pos_embed", "attn_pool.latent")
+"""Parameters of more than one dimension that are biases in all but shape."""
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; no weight decay on biases, norms, the class token and position embeddings (as DeiT and timm)."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_vector = parameter.ndim <= 1 or name in ("cls_token", "pos_embed")
-        (plain if is_vector else decayed).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-    )
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
+    """One optimiser, or two where Muon leaves what is no matrix of a block to AdamW.
+
+    No weight decay on biases, norms, LayerScale, tokens and position embeddings (as DeiT and timm); what
+    takes no gradient is left out. Every group has its "lr_scale", see `set_learning_rate`. All state is
+    tensors like the parameter, or scalars; a scalar that is restored belongs on the parameter's device where
+    its group says "fused", and on the CPU otherwise.
+    """
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    if config.optimizer != "muon":
+        return [_make(config.optimizer, named, model, config)]
+    matrices = [(name, value) for name, value in named if name.startswith("blocks.") and value.ndim == 2]
+    chosen = {name for name, _ in matrices}
+    rest = [(name, value) for name, value in named if name not in chosen]
+    return [_make("muon", matrices, model, config), _make("adamw", rest, model, config)]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """For a loop that knows one optimiser and no Muon."""
+    (optimizer,) = make_optimizers(model, config)
+    return optimizer
+
+
+def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
 
 
 def learning_rate(config: OptimConfig, images_seen: int, total_images: int) -> float:
-    """Linear warm-up from 0, then half a cosine down to the final rate (Loshchilov & Hutter 2017, eq. 5)."""
+    """Linear warm-up from 0, the schedule, and over the last `cooldown_images` linearly to 0.
+
+    cosine and linear go from the end of warm-up to `decay_images` (None: to where the cooldown begins), the
+    former as half a cosine (Loshchilov & Hutter 2017, equation 5). rsqrt and its cooldown: Zhai et al. 2022
+    (arXiv 2106.04560), section 3.5, as big_vision's `create_learning_rate_schedule` computes it. Until its
+    cooldown begins, a run's rate does not depend on `total_images`, given rsqrt, constant or `decay_images`.
+    """
     if images_seen < config.warmup_images:
-        return config.learning_rate * images_seen / config.warmup_images
-    progress = (images_seen - config.warmup_images) / max(1, total_images - config.warmup_images)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+        rate = config.learning_rate * images_seen / config.warmup_images
+    else:
+        rate = _scheduled(config, images_seen - config.warmup_images, total_images)
+    if config.cooldown_images:
+        rate *= min(1.0, max(0, total_images - images_seen) / config.cooldown_images)
+    return rate
+
+
+def _scheduled(config: OptimConfig, images: int, total_images: int) -> float:
+    """The rate so many images after warm-up."""
+    peak, final = config.learning_rate, config.final_learning_rate
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "rsqrt":
+        return peak / math.sqrt(1 + images / config.timescale_images)
+    end = config.decay_images or total_images - config.cooldown_images
+    progress = min(1.0, images / max(1, end - config.warmup_images))
+    if config.schedule == "linear":
+        return final + (peak - final) * (1 - progress)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class DecoupledSGD(torch.optim.SGD):
+    """Torch's SGD; what is decayed is the weights themselves, by learning rate x "decay" of their group, not
+    the gradients (Loshchilov & Hutter 2019, algorithm 1; big_vision)."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            if group["decay"]:
+                weights = [weight for weight in group["params"] if weight.grad is not None]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["decay"])
+        super().step()
+
+
+def _make(kind: str, named: Named, model: nn.Module, config: OptimConfig) -> Optimizer:
+    groups = _groups(named, model, config)
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
+    fused = all(value.device.type == "cuda" for _, value in named)
+    if kind == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=rate, betas=betas, eps=config.epsilon, fused=fused, foreach=not fused
+        )
+    if kind == "lamb":
+        return Lamb(groups, lr=rate, betas=betas, eps=config.epsilon)
+    if kind == "muon":
+        return Muon(groups, lr=rate, momentum=config.momentum)
+    for group in groups:
+        group["decay"] = group.pop("weight_decay")
+    return DecoupledSGD(groups, lr=rate, momentum=config.momentum, fused=fused, foreach=not fused)
+
+
+def _groups(named: Named, model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """By (scale of the learning rate, weight decay), those with weight decay first."""
+    depth = len(getattr(model, "blocks", ()))
+    groups: dict[tuple[bool, int], dict[str, Any]] = {}
+    for name, value in named:
+        spared = value.ndim <= 1 or name in TOKENS
+        layer = _layer(name, depth)
+        group = {
+            "params": [],
+            "weight_decay": 0.0 if spared else config.weight_decay,
+            "lr_scale": config.layer_decay ** (depth + 1 - layer),
+        }
+        key = (spared, layer if config.layer_decay < 1 else 0)
+        groups.setdefault(key, group)["params"].append(value)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layer(name: str, depth: int) -> int:
+    """0: embeddings, n + 1: block n, depth + 1: the head and a pool's own layers. The last norm of tokens
+    goes with the last block, as in timm's `param_groups_layer_decay`."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block[1]) + 1
+    top = name.partition(".")[0]
+    return 0 if top in EMBEDDINGS else depth if top == "norm" else depth + 1

@@ -1,0 +1,62 @@
+"""A moving average of the weights, evaluated and saved beside them."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+WARMUP = 10
+"""The time constant is at most the images seen divided by this."""
+
+
+class Average:
+    """Exponential moving average of all parameters (Polyak & Juditsky 1992), float32, sharded as they are.
+
+    Its time constant is `ema_images`, and a tenth of the images seen until that is more, so that the initial
+    weights are soon forgotten. All state is `tensors`: how much a step counts follows from the images seen.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, ema_images: int) -> None:
+        self.ema_images = ema_images
+        self.tensors: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
+        """By the parameters' names, placed as they are."""
+        self._parameters = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def update(self, images_in_step: int, images_seen: int) -> None:
+        """After a step; `images_seen` counts that step's."""
+        share = 1 - decay(images_in_step, images_seen, self.ema_images)
+        torch._foreach_lerp_(_locals(self.tensors), _locals(self._parameters), share)
+
+    @contextlib.contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """The model has the average's weights, and `tensors` are the model's, until the block ends; between
+        steps only, when all parameters are in their sharded state."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        weights = _locals(dict(model.named_parameters()))
+        for weight, average in zip(weights, _locals(self.tensors), strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def decay(images_in_step: int, images_seen: int, ema_images: int) -> float:
+    """What a step leaves of the average, 0 to 1."""
+    return math.exp(-images_in_step / min(ema_images, images_seen / WARMUP))
+
+
+def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [value.to_local() if isinstance(value, DTensor) else value for value in tensors.values()]

@@ -1,0 +1,67 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for sharded matrices."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+RMS = 0.2
+"""Of an update's elements, as is usual of AdamW's: its learning rate and weight decay then serve here, too
+(Liu et al. 2025, arXiv 2502.16982, equation 4)."""
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, made orthogonal; decoupled weight decay.
+
+    Equal to `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which does not take sharded matrices: it
+    multiplies them in bfloat16 piece by piece, so that its result depends on the sharding. Here each is made
+    whole first, which takes one gather of bfloat16 for each matrix and step.
+    """
+
+    def __init__(self, params: ParamsT, *, lr: float, momentum: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = weight.grad.lerp(state["momentum_buffer"], momentum)
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.add_(_orthogonal(update), alpha=-rate * RMS * math.sqrt(max(weight.shape)))
+
+
+def _orthogonal(update: Tensor) -> Tensor:
+    """Placed like `update`; the same on every number of ranks."""
+    if not isinstance(update, DTensor):
+        return newton_schulz(update.bfloat16()).to(update.dtype)
+    mesh, whole = update.device_mesh, [Replicate()] * update.device_mesh.ndim
+    rows = update.bfloat16()
+    assert isinstance(rows, DTensor)
+    result = newton_schulz(rows.redistribute(placements=whole).to_local())
+    replicated = DTensor.from_local(result, mesh, whole, run_check=False)
+    return replicated.redistribute(placements=update.placements).to(update.dtype)
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """(n, m) bfloat16 -> the same: U V^T of its singular value decomposition, with singular values of about
+    0.7 to 1.2 instead of 1."""
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
