@@ -32,7 +32,7 @@ BATCH = 1000
 ALIVE_SECONDS = 10.0
 DRAIN_SECONDS = 2.0
 RUN_TAG = "vitscale.run"
-KINDS = ("metrics", "confusion", "epoch", "bad_samples")
+KINDS = ("metrics", "confusion", "epoch", "bad_samples", "evaluation")
 """Of events that are sent."""
 MAX_PARAM = 500
 
@@ -226,6 +226,9 @@ class Drain:
     def _take(self, event: dict[str, Any]) -> None:
         if event["kind"] == "confusion":
             self._tables["confusion.json"] = {"counts": event["counts"]}
+            return
+        if event["kind"] == "evaluation":
+            self._tables[f"evaluation/{event['images_seen']}.json"] = event["details"]
             return
         values = event.get("values", {})
         if event["kind"] == "bad_samples":

@@ -14,6 +14,7 @@ import typer
 from rich.table import Table
 
 from pipelines import data_commands
+from pipelines.evaluate_command import evaluate
 from pipelines.terminal import AsJson, SiteFile, console, errors, open_site, progress_console
 from workers.errors import ConfigError, VitscaleError
 
@@ -157,6 +158,7 @@ app.command()(data_commands.ingest)
 app.command()(data_commands.index)
 app.command()(data_commands.verify)
 app.command()(data_commands.selftest)
+app.command()(evaluate)
 
 
 @app.command()

@@ -29,6 +29,7 @@ class FakeMlflow:
     def __init__(self) -> None:
         self.points: list[Point] = []
         self.tables: list[dict[str, Any]] = []
+        self.files: list[str] = []
         self.batches: list[int] = []
         self.outages = 0
         """So many calls fail."""
@@ -46,7 +47,8 @@ class FakeMlflow:
 
     def log_dict(self, run_id: str, dictionary: dict[str, Any], artifact_file: str) -> None:
         self._up()
-        assert (run_id, artifact_file) == ("run-id", "confusion.json")
+        assert run_id == "run-id"
+        self.files.append(artifact_file)
         self.tables.append(dictionary)
 
     @property
@@ -162,8 +164,24 @@ def test_an_outage_delays_and_loses_nothing(mlflow: FakeMlflow, store: MemorySto
     drain.step()
     assert mlflow.curve == [(10, 3.0), (20, 2.0)]
     assert mlflow.tables == [{"counts": [[1, 0], [0, 1]]}]
+    assert mlflow.files == ["confusion.json"]
     drain.step()
     assert (len(mlflow.points), len(mlflow.tables)) == (2, 1)
+
+
+def test_an_evaluation_becomes_a_file_of_its_own(mlflow: FakeMlflow, store: MemoryStore) -> None:
+    drain = make_drain(mlflow, store)
+    writer = start(store, 0, 0)
+    writer.write("evaluation", 10, details={"class_images": [3, 4]})
+    writer.write("evaluation", 20, details={"class_images": [5, 6]})
+    commit(writer, 10)
+    drain.step()
+    assert (mlflow.files, mlflow.tables) == (["evaluation/10.json"], [{"class_images": [3, 4]}])
+    commit(writer, 20)
+    drain.step()
+    assert mlflow.files == ["evaluation/10.json", "evaluation/20.json"]
+    assert mlflow.tables[1] == {"class_images": [5, 6]}
+    assert mlflow.points == []
 
 
 def test_an_outage_between_points_and_table_sends_the_points_once(

@@ -61,9 +61,10 @@ def few_shot(
     accuracies = {}
     for l2, weights in zip(l2s, ridge(_standardise(x, mean, deviation), targets, l2s), strict=True):
         right = 0
-        for some, theirs in zip(features_val.split(CHUNK), labels_val.split(CHUNK), strict=True):
-            scores = _standardise(some.double(), mean, deviation) @ weights
-            right += int((scores.argmax(dim=1) == theirs).sum())
+        for start in range(0, len(labels_val), CHUNK):
+            some = features_val[start : start + CHUNK].double()
+            scores = _standardise(some, mean, deviation) @ weights
+            right += int((scores.argmax(dim=1) == labels_val[start : start + CHUNK]).sum())
         accuracies[l2] = right / len(labels_val)
     return FewShot(shots, seed, len(chosen), accuracies)
 

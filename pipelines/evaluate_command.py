@@ -1,0 +1,194 @@
+"""`vitscale evaluate`: parses, calls pipelines/evaluate.py, prints."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.terminal import AsJson, SiteFile, bar, console, open_site, site_if_any
+from workers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import Report
+    from workers.evaluation.fewshot import FewShot
+
+NAMES = {
+    "val_accuracy": "top-1 accuracy",
+    "val_top5": "top-5 accuracy",
+    "val_loss": "loss, nats",
+    "val_ece": "calibration error (ECE)",
+}
+WORST = 5
+"""Classes that are shown."""
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="MODEL@ALIAS, MODEL/VERSION or the URL of a checkpoint's MANIFEST.json.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a data set with train/ and val/, or of one indexed split; or a name below the "
+            "site's data root. Default: the validation set of the model's run."
+        ),
+    ] = None,
+    few_shot: Annotated[
+        str | None,
+        typer.Option(
+            help="Also fit a linear classifier to the features of so many images per class, e.g. 1,5,10,25."
+        ),
+    ] = None,
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="Also measure images/s of inference, and memory on a GPU.")
+    ] = False,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Pixels per side, or HEIGHTxWIDTH: multiples of the patch size. Position embeddings are "
+            "resampled. Default: the model's own."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json and predictions.parquet (a row per image).")
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a checkpoint over a whole validation set: accuracy, loss and calibration with 95 % intervals.
+
+    Runs in this process, not as a job of the cluster: on a GPU if this machine has one, else on its CPU.
+
+    Example: vitscale evaluate vit-digits@champion
+
+    Example: vitscale evaluate vit-digits/3 --data s3://vitscale/digits --few-shot 1,5,10 --image-size 16
+    """
+    shots, size = _shots(few_shot), _image_size(image_size)
+    where = site_if_any(site) if "://" in model and (data is None or "://" in data) else open_site(site)
+    from pipelines import evaluate as stage
+
+    report = stage.evaluate(
+        stage.find_checkpoint(model, where),
+        data=where.data_url(data) if where and data else data,
+        image_size=size,
+        shots=shots,
+        measure_throughput=throughput,
+        batch_size=batch_size,
+        bar=bar,
+    )
+    if out is not None:
+        stage.write_report(report, out)
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+        return
+    _print(report)
+    if out is not None:
+        console.print(f"\nwritten: {out / 'metrics.json'}, {out / 'predictions.parquet'}", markup=False)
+
+
+def _print(report: "Report") -> None:
+    result = report.result
+    size = "x".join(
+        map(str, [report.image_size] if isinstance(report.image_size, int) else report.image_size)
+    )
+    console.print(
+        f"{report.checkpoint.name} at {size} px, {result.num_images:,} images of {report.data}, on "
+        f"{report.device}\n",
+        markup=False,
+    )
+    metrics = result.metrics()
+    table = Table("metric", "value", "95 % interval", box=None)
+    for name, label in NAMES.items():
+        if name in metrics:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            table.add_row(label, f"{metrics[name]:.4f}", f"{low:.4f} to {high:.4f}")
+    console.print(table)
+    if result.bad_samples:
+        console.print(f"{len(result.bad_samples)} damaged images were left out; --json lists them")
+    console.print(_worst_classes(report))
+    console.print(_calibration(report))
+    if report.few_shot:
+        console.print(_few_shot(report.few_shot))
+    if report.throughput:
+        console.print(_throughput(report))
+
+
+def _worst_classes(report: "Report") -> Table:
+    images, correct = report.result.class_counts
+    rows = [
+        (correct[number] / images[number], name, number)
+        for number, name in enumerate(report.classes)
+        if images[number]
+    ]
+    table = Table("\nworst classes", "\naccuracy", "\nof images", box=None)
+    for share, name, number in sorted(rows)[:WORST]:
+        table.add_row(name, f"{share:.4f}", f"{images[number]:,}")
+    return table
+
+
+def _calibration(report: "Report") -> Table:
+    table = Table("\nconfidence", "\nmean", "\naccuracy", "\nof images", box=None)
+    for column in report.result.calibration.bins:
+        table.add_row(
+            f"{column.low:.2f} to {column.high:.2f}",
+            f"{column.confidence:.4f}",
+            f"{column.accuracy:.4f}",
+            f"{column.images:,}",
+        )
+    return table
+
+
+def _few_shot(rows: tuple["FewShot", ...]) -> Table:
+    """Mean over seeds, and its extremes."""
+    from workers.evaluation.fewshot import L2
+
+    table = Table("\nimages per class", "\nfew-shot accuracy", "\nof draws", "\nbest L2 (flatters)", box=None)
+    for shots in dict.fromkeys(row.shots for row in rows):
+        draws = [row.accuracies for row in rows if row.shots == shots]
+        means = {l2: statistics.mean(accuracies[l2] for accuracies in draws) for l2 in draws[0]}
+        best = max(means, key=lambda l2: means[l2])
+        fixed = [accuracies[L2] for accuracies in draws]
+        table.add_row(
+            str(shots),
+            f"{means[L2]:.4f}",
+            f"{min(fixed):.4f} to {max(fixed):.4f}",
+            f"{means[best]:.4f} at {best:g}",
+        )
+    return table
+
+
+def _throughput(report: "Report") -> Table:
+    table = Table("\nprecision", "\nimages/s", "\nrounds", "\nbatch", "\npeak memory", box=None)
+    for row in report.throughput:
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB"
+        table.add_row(
+            row.dtype,
+            f"{row.images_per_second:,.0f}",
+            f"{row.slowest:,.0f} to {row.fastest:,.0f}",
+            str(row.batch_size),
+            memory,
+        )
+    return table
+
+
+def _shots(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise ConfigError(f"--few-shot {text}: expected numbers with commas between, such as 1,5,10")
+    return sorted({int(count) for count in text.split(",")})
+
+
+def _image_size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if not match:
+        raise ConfigError(f"--image-size {text}: expected pixels such as 384, or HEIGHTxWIDTH")
+    height, width = match.groups()
+    return (int(height), int(width)) if width else int(height)
