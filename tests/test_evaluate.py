@@ -109,12 +109,11 @@ def test_fewer_images_than_ranks(tiny_index):
 
 
 def test_damaged_images_are_left_out_on_every_rank(tiny_url, tmp_path):
-    index = build_index(tiny_url, classes=("dark", "light"))
     path = next(tmp_path.rglob("tiny-2.tar"))
-    data = bytearray(path.read_bytes())
+    data = path.read_bytes()
     at = data.rindex(b"IHDR")
-    data[at : at + 4] = b"XXXX"
-    path.write_bytes(bytes(data))
+    path.write_bytes(data[:at] + b"XXXX" + data[at + 4 :])
+    index = build_index(tiny_url, classes=("dark", "light"))
     for result, rows in on_ranks(2, evaluate_damaged, index.url):
         assert [bad.ordinal for bad in result.bad_samples] == [12]
         assert result.num_images == 12

@@ -3,18 +3,23 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.site import Site
 from pipelines.cli import app
+from pipelines.evaluate import evaluate as evaluate_stage
+from pipelines.evaluate import find_checkpoint
 from pipelines.ingest import ingest
+from pipelines.terminal import bar
 from tests.conftest import make_png
 from tests.runs import head_manifest, tiny_config, train_on
 from workers.data.index import DatasetIndex
-from workers.errors import ConfigError
+from workers.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +130,27 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "MANIFEST.json" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_registered_version_is_found_by_the_registry(manifest, monkeypatch):
+    """Its digest is the registry's, not that of whatever lies there."""
+    asked = []
+
+    def resolve(registry, reference):
+        asked.append(reference)
+        return SimpleNamespace(label="vit/3", manifest=manifest, digest="0" * 64)
+
+    monkeypatch.setattr("orchestrator.registry.Registry.resolve", resolve)
+    site = Site(ray="http://127.0.0.1:1", mlflow="http://127.0.0.1:1", data="file:///x", runs="file:///x")
+    monkeypatch.setattr(
+        "orchestrator.tracking.Tracking.__init__", lambda self, *_: setattr(self, "client", None)
+    )
+    checkpoint = find_checkpoint("vit@champion", site)
+    assert asked == ["vit@champion"]
+    assert (checkpoint.name, checkpoint.url, checkpoint.digest) == ("vit/3", manifest, "0" * 64)
+    with pytest.raises(CheckpointError, match="tampered"):
+        evaluate_stage(
+            checkpoint, data=None, image_size=None, shots=[], measure_throughput=False, batch_size=8, bar=bar
+        )
+    with pytest.raises(ConfigError, match="give --site"):
+        find_checkpoint("vit@champion", None)
