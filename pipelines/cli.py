@@ -162,15 +162,22 @@ app.command()(evaluate)
 
 
 @app.command()
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """The recipes that `vitscale train` knows.
 
     Example: vitscale recipes
     """
-    from pipelines.recipes import RECIPES
+    from pipelines.recipes import RECIPES, describe
 
-    for name in RECIPES:
-        console.print(name)
+    rows = [describe(name) for name in RECIPES]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("recipe", "parameters", "pixels", "epochs", "what it is", box=None)
+    for row in rows:
+        parameters = f"{row['parameters'] / 1e6:.1f} M"
+        table.add_row(row["name"], parameters, str(row["image_size"]), f"{row['epochs']:g}", row["about"])
+    console.print(table)
 
 
 @app.command()

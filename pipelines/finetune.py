@@ -39,7 +39,7 @@ def finetune_config(
         and len(facts.classes) != parent.model.num_classes,
         parent=version.label,
     )
-    config = fine_tune(parent, facts, init, image_size=image_size, epochs=epochs)
+    config = fine_tune(parent, parent.model, facts, init, image_size=image_size, epochs=epochs)
     return make_config(override(config.model_dump(mode="json"), overrides))
 
 

@@ -2,11 +2,11 @@ import hashlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from tests.test_config import VALUES
 from workers.config import AugmentConfig, make_config
-from workers.data.augment import OPERATIONS, augment_view, erase, jitter, rand_augment
+from workers.data.augment import OPERATIONS, augment_view, erase, jitter, rand_augment, three_augment
 from workers.data.transforms import sample_rng
 from workers.errors import ConfigError
 
@@ -39,11 +39,14 @@ def augmented(view, seed=0, **options):
     return view
 
 
-ALL = {"color_jitter": 0.4, "rand_augment_layers": 2, "erase": 0.5}
+ALL = {"three_augment": True, "color_jitter": 0.4, "rand_augment_layers": 2, "erase": 0.5}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("options", [{"color_jitter": 0.4}, {"rand_augment_layers": 2}, {"erase": 1.0}, ALL])
+@pytest.mark.parametrize(
+    "options",
+    [{"color_jitter": 0.4}, {"rand_augment_layers": 2}, {"erase": 1.0}, ALL],
+)
 def test_augmentation_is_a_function_of_the_generator(options, channels):
     view = picture(channels=channels)
     views = [augmented(view, seed, **options) for seed in range(40)]
@@ -147,6 +150,34 @@ def test_jitter_is_brightness_contrast_and_saturation_in_random_order():
         assert np.array_equal(as_view(jitter(image, 0.4, sample_rng(0, 0, sample))), as_view(expected))
         orders.add(tuple(order))
     assert len(orders) == 6
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_three_augment_is_grey_or_solarised_or_blurred(channels):
+    """Each a third of the time, as Pillow computes them, which is what the authors' augment.py does."""
+    image, radii, counts = as_image(picture(channels=channels)), [], [0, 0, 0]
+    for sample in range(300):
+        rng = sample_rng(0, 0, sample)
+        choice, radius = rng.integers(3), 0.1 + 1.9 * rng.random()
+        grey = ImageOps.grayscale(image)
+        expected = [
+            Image.merge(image.mode, [grey] * channels),
+            ImageOps.solarize(image, 128),
+            image.filter(ImageFilter.GaussianBlur(radius)),
+        ][choice]
+        found = three_augment(image, sample_rng(0, 0, sample))
+        assert np.array_equal(as_view(found), as_view(expected))
+        assert found.mode == image.mode
+        counts[choice] += 1
+        radii += [radius] if choice == 2 else []
+    assert min(counts) > 75
+    assert 0.1 < min(radii) < 0.2 and 1.9 < max(radii) < 2
+
+
+def test_three_augment_comes_before_the_colours():
+    rng = sample_rng(0, 0, 5)
+    expected = jitter(three_augment(as_image(picture()), rng), 0.3, rng)
+    assert np.array_equal(augmented(picture(), 5, three_augment=True, color_jitter=0.3), as_view(expected))
 
 
 def test_erased_rectangles_have_the_papers_shapes():

@@ -255,7 +255,9 @@ def fine_tuning(parent_config, parent_url, data_url, *, new_head=False, digest=N
         new_head=new_head,
         parent="digits/1",
     )
-    config = fine_tune(parent_config, read_facts(data_url), init, image_size=16, epochs=1)
+    config = fine_tune(
+        parent_config, parent_config.model, read_facts(data_url), init, image_size=16, epochs=1
+    )
     return set_values(config, f"train.images={BATCH}", f"optim.warmup_images={BATCH}")
 
 

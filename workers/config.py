@@ -124,6 +124,8 @@ class AugmentConfig(Part):
     min_ratio: float = Field(default=0.75, gt=0, le=1)
     """Smallest aspect ratio of a crop; the largest is its inverse."""
     flip: bool = True
+    three_augment: bool = False
+    """3-Augment (Touvron et al. 2022, arXiv 2204.07118): an image becomes grey, or solarised, or blurred."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Brightness, contrast and saturation are each multiplied by 1 - this .. 1 + this."""
     rand_augment_layers: int = Field(default=0, ge=0, le=14)
@@ -209,6 +211,22 @@ class OptimConfig(Part):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema_images: int = Field(default=0, ge=0)
     """Time constant of the moving average of weights that is evaluated beside them; 0: none."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.schedule in ("rsqrt", "constant"):
+            if self.decay_images is not None:
+                raise ValueError(f"decay_images: {self.schedule} has no end; cosine and linear have")
+            if self.final_learning_rate:
+                raise ValueError(
+                    f"final_learning_rate: {self.schedule} has no end; cosine and linear have, and "
+                    "cooldown_images ends any schedule at 0"
+                )
+        if self.decay_images is not None and self.decay_images < self.warmup_images:
+            raise ValueError(
+                f"decay_images: {self.decay_images} is before the end of warmup_images {self.warmup_images}"
+            )
+        return self
 
 
 class TrainConfig(Part):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from workers.config import AugmentConfig
 from workers.data.decode import Pixels
@@ -21,14 +21,19 @@ ERASE_TRIES = 10
 MAX_SHIFT = 150 / 331
 """Of a side: the paper's 150 pixels of 331."""
 
+BLUR_PIXELS = (0.1, 2.0)
+"""Standard deviation."""
+
 GREY = 128
 """What shifted pixels leave behind, as in the code of the paper."""
 
 
 def augment_view(view: Pixels, augment: AugmentConfig, rng: np.random.Generator) -> None:
-    """Changes `view` (C, H, W): colours, RandAugment, erasing."""
-    if augment.color_jitter or augment.rand_augment_layers:
+    """Changes `view` (C, H, W): 3-Augment, colours, RandAugment, erasing."""
+    if augment.three_augment or augment.color_jitter or augment.rand_augment_layers:
         image = _to_image(view)
+        if augment.three_augment:
+            image = three_augment(image, rng)
         if augment.color_jitter:
             image = jitter(image, augment.color_jitter, rng)
         if augment.rand_augment_layers:
@@ -37,6 +42,18 @@ def augment_view(view: Pixels, augment: AugmentConfig, rng: np.random.Generator)
             plane[...] = np.asarray(band)
     if augment.erase and rng.random() < augment.erase:
         erase(view, rng)
+
+
+def three_augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """One of three, each as likely: grey, solarised, or blurred by a Gaussian of 0.1 to 2 pixels (3-Augment,
+    arXiv 2204.07118, section 3.2, as in the authors' augment.py)."""
+    choice, share = int(rng.integers(3)), rng.random()
+    if choice == 0:
+        return ImageOps.grayscale(image).convert(image.mode)
+    if choice == 1:
+        return ImageOps.solarize(image)
+    smallest, largest = BLUR_PIXELS
+    return image.filter(ImageFilter.GaussianBlur(smallest + (largest - smallest) * share))
 
 
 def jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
