@@ -283,12 +283,17 @@ def test_fine_tuning_is_another_run_for_each_parent_size_and_length() -> None:
     assert child(parent).run == child(parent).run
 
 
+NO_SIZE = (
+    "model.image_size: input should be greater than 0, got {0} or input should be a valid array, got {0}"
+)
+
+
 @pytest.mark.parametrize(
     ("size", "said"),
     [
         (17, "model.image_size: 17 is not a multiple of model.patch_size 2; 16 x 16 would be"),
-        (0, "model.image_size: input should be greater than 0, got 0"),
-        (-16, "model.image_size: input should be greater than 0, got -16"),
+        (0, NO_SIZE.format(0)),
+        (-16, NO_SIZE.format(-16)),
     ],
 )
 def test_a_resolution_that_cannot_be_is_refused(size: int, said: str) -> None:
