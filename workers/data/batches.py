@@ -55,9 +55,16 @@ class Row(NamedTuple):
 class Arrays:
     """The memory of a batch of `size` rows: its own, or a part of a buffer that processes share."""
 
-    def __init__(self, size: int, shape: tuple[int, int, int], buffer: memoryview | None = None) -> None:
-        """`shape` of an image."""
-        memory = buffer or np.empty(self.num_bytes(size, shape), np.uint8).data
+    def __init__(
+        self,
+        size: int,
+        shape: tuple[int, int, int],
+        buffer: memoryview | None = None,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        """`shape` of an image. Pinned memory of its own, for copies to a GPU that nobody waits for."""
+        memory = buffer or _memory(self.num_bytes(size, shape), pin_memory)
         start = size * math.prod(shape)
         self.images = np.frombuffer(memory[:start], np.uint8).reshape(size, *shape)
         wide = [memory[start + 8 * size * nth :][: 8 * size] for nth in range(4)]
@@ -82,6 +89,12 @@ class Arrays:
             num_real=num_real,
             bad=tuple(bad),
         )
+
+
+def _memory(num_bytes: int, pin_memory: bool) -> memoryview:
+    if pin_memory:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True).numpy().data
+    return np.empty(num_bytes, np.uint8).data
 
 
 class Assembler:

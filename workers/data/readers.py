@@ -43,8 +43,10 @@ class Readers:
         size: int,
         depth: int,
         times: StageTimes,
+        pin_memory: bool,
     ) -> None:
         """`size` rows in a batch."""
+        self._pin_memory = pin_memory
         fewest = min(map(len, slots))
         if processes > fewest:
             raise ConfigError(
@@ -104,7 +106,7 @@ class Readers:
         num_real = sum(
             len(source.owned(step, own)) for source, own in zip(self._sources, self._slots, strict=True)
         )
-        batch = _copy(self._arrays[buffer].batch(num_real, bad))
+        batch = _copy(self._arrays[buffer].batch(num_real, bad), self._pin_memory)
         self._send(step + len(self._arrays), buffer)
         return batch
 
@@ -170,8 +172,10 @@ def split(slots: range, nth: int, parts: int) -> range:
     return range(first, last)
 
 
-def _copy(batch: Batch) -> Batch:
+def _copy(batch: Batch, pin_memory: bool) -> Batch:
     """In memory of its own, for the buffer is used again; 2 ms for 64 images of 224 pixels."""
     tensors = (batch.images, batch.labels, batch.weights, batch.slots)
-    images, labels, weights, slots = (torch.clone(tensor) for tensor in tensors)
+    images, labels, weights, slots = (
+        torch.empty_like(tensor, pin_memory=pin_memory).copy_(tensor) for tensor in tensors
+    )
     return Batch(images, labels, weights, slots, batch.ids.copy(), batch.num_real, batch.bad)

@@ -41,6 +41,7 @@ class TrainStream:
         cache: Cache | None = None,
         decode_threads: int = 1,
         readers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         """`prefetch_bytes` of samples are read ahead; a window of each owned lane in any case.
 
@@ -65,11 +66,11 @@ class TrainStream:
         self._batches: Readers | _Reader
         if readers:
             self._batches = Readers(
-                sources, self._slots, settings, readers, size, prefetch_batches, self.times
+                sources, self._slots, settings, readers, size, prefetch_batches, self.times, pin_memory
             )
         else:
             share = Share(sources, self._slots, settings, self.times)
-            self._batches = _Reader(share, settings, size, prefetch_batches, self.times)
+            self._batches = _Reader(share, settings, size, prefetch_batches, self.times, pin_memory)
 
     def __iter__(self) -> Self:
         return self
@@ -100,9 +101,16 @@ class _Reader:
     """The batches of one rank, made by threads of this process."""
 
     def __init__(
-        self, share: Share, settings: ShareSettings, size: int, depth: int, times: StageTimes
+        self,
+        share: Share,
+        settings: ShareSettings,
+        size: int,
+        depth: int,
+        times: StageTimes,
+        pin_memory: bool,
     ) -> None:
         self._share = share
+        self._pin_memory = pin_memory
         self._size, self._shape = size, settings.shape
         self._assembler = Assembler(settings.decode_threads, times)
         self._batches = Background(map(self._batch, itertools.count(settings.start_step)), depth, times)
@@ -117,7 +125,7 @@ class _Reader:
 
     def _batch(self, step: int) -> Batch:
         rows = self._share.rows(step)
-        arrays = Arrays(self._size, self._shape)
+        arrays = Arrays(self._size, self._shape, pin_memory=self._pin_memory)
         bad = self._assembler.fill(arrays, rows, range(len(rows)))
         return arrays.batch(len(rows), bad)
 

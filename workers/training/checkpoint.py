@@ -3,18 +3,20 @@
     checkpoints/<images_seen>-<epoch>/
         model-00000-of-00002.safetensors       rank 0's rows of every parameter
         optimizer-00000-of-00002.safetensors   and of every optimizer moment
+        average-00000-of-00002.safetensors     and of the weights' moving average, if there is one
         ...
         MANIFEST.json                          digests of the objects, configuration, position, metrics
 
-Saved on N ranks, loads on M: each tensor is split along dimension 0 as `torch.chunk` does (so does FSDP2),
-and a rank reads the objects that hold rows of its own. All is verified before use; nothing here unpickles.
+Saved in N parts, loads in M: each tensor is split along dimension 0 as `torch.chunk` does (so does FSDP2),
+over the ranks of a shard group, the first of which writes; a rank reads the objects that hold rows of
+its own. All is verified before use; nothing here unpickles.
 """
 
 import hashlib
 import json
 import math
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,11 +30,16 @@ from torch.optim import Optimizer
 
 from workers.errors import CheckpointError
 from workers.storage import NotFound, Store, open_store
+from workers.training.parallel import ShardPlace
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "MANIFEST.json"
 STATE = "state."
 """Prefix of the optimizer's tensors in `Manifest.shapes` and of its scalars."""
+AVERAGE = "average."
+"""Prefix of the moving average's tensors there."""
+KINDS = {"": "model", STATE: "optimizer", AVERAGE: "average"}
+"""Which objects hold tensors of a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +54,13 @@ class Manifest:
     parent: str | None
     """sha256 of the manifest that this one continues."""
     world_size: int
+    num_shards: int
+    """Parts into which every tensor is split."""
     objects: dict[str, dict[str, Any]]
     """Name → size in bytes and sha256."""
     shapes: dict[str, list[int]]
-    """Global shape of every tensor; optimizer moments are `state.<parameter>.<moment>`."""
+    """Global shape of every tensor; optimizer moments are `state.<parameter>.<moment>`, averages
+    `average.<parameter>`."""
     scalars: dict[str, float]
     """The optimizer's state that is not tensors."""
     config: dict[str, Any]
@@ -111,17 +121,58 @@ def open_manifest(url: str, digest: str) -> tuple[Store, Manifest]:
     return store, read_manifest(store, f"checkpoints/{rest}", digest)
 
 
-def write_shards(store: Store, directory: str, model: nn.Module, optimizer: Optimizer) -> "WrittenShards":
-    """This rank's rows of all tensors, as two objects; every rank calls it."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    moments, scalars = _optimizer_state(model, optimizer)
-    written = WrittenShards({}, {}, scalars)
-    for kind, tensors in (("model", dict(model.named_parameters())), ("optimizer", moments)):
-        name = object_name(kind, rank, world_size)
-        rows = {key: _local(value).detach().contiguous().cpu() for key, value in tensors.items()}
-        data = safetensors.torch.save(rows)
-        store.create(f"{directory}/{name}", data)
-        written.objects[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+@dataclass
+class Training:
+    """What a checkpoint holds of a run: the same on every rank but for the rows of its tensors."""
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    average: Mapping[str, Tensor]
+    """Of the weights, by their names; empty without one."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """By prefix, then by name."""
+        average = {f"{AVERAGE}{name}": value for name, value in self.average.items()}
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        kinds = {"": parameters, STATE: self._optimizer_state()[0]}
+        return {**kinds, AVERAGE: average} if average else kinds
+
+    def scalars(self) -> dict[str, float]:
+        """Of the optimizer, such as AdamW's step."""
+        return {name: value.item() for name, value in self._optimizer_state()[1].items()}
+
+    def owners(self) -> dict[Tensor, Optimizer]:
+        return {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    def _optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Moments and scalars by `state.<parameter>.<name>`."""
+        moments: dict[str, Tensor] = {}
+        scalars: dict[str, Tensor] = {}
+        owners = self.owners()
+        for parameter_name, parameter in self.model.named_parameters():
+            state = owners[parameter].state[parameter] if parameter in owners else {}
+            for name, value in state.items():
+                (moments if value.ndim else scalars)[f"{STATE}{parameter_name}.{name}"] = value
+        return moments, scalars
+
+
+def write_shards(store: Store, directory: str, training: Training, place: ShardPlace) -> "WrittenShards":
+    """This rank's rows of all tensors, as an object of each kind; every rank calls it."""
+    written = WrittenShards({}, {}, training.scalars(), place)
+    for prefix, tensors in training.tensors().items():
+        name = object_name(KINDS[prefix], place.index, place.count)
+        if place.writes:
+            rows = {key: _local(value).detach().contiguous().cpu() for key, value in tensors.items()}
+            data = safetensors.torch.save(rows)
+            store.create(f"{directory}/{name}", data)
+            written.objects[KINDS[prefix]] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        else:
+            written.objects[KINDS[prefix]] = {"size": 0, "sha256": "0" * 64}
         written.shapes.update({key: list(value.shape) for key, value in tensors.items()})
     return written
 
@@ -129,45 +180,64 @@ def write_shards(store: Store, directory: str, model: nn.Module, optimizer: Opti
 @dataclass
 class WrittenShards:
     objects: dict[str, dict[str, Any]]
+    """By kind."""
     shapes: dict[str, list[int]]
     scalars: dict[str, float]
+    place: ShardPlace
 
     def gather(self, device: torch.device) -> dict[str, dict[str, Any]]:
-        """All ranks' objects, on every rank. Sizes and digests travel as numbers."""
+        """All parts' objects by name, on every rank. Sizes and digests travel as numbers."""
         row = [number for entry in self.objects.values() for number in _as_numbers(entry)]
         mine = torch.tensor(row, dtype=torch.int64, device=device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
-        world_size = len(rows)
         objects = {}
-        for rank, numbers in enumerate(rows):
+        for index, numbers in enumerate(rows[: self.place.count]):
             values = numbers.tolist()
-            half = len(values) // 2
-            objects[object_name("model", rank, world_size)] = _from_numbers(values[:half])
-            objects[object_name("optimizer", rank, world_size)] = _from_numbers(values[half:])
+            width = len(values) // len(self.objects)
+            for nth, kind in enumerate(self.objects):
+                entry = _from_numbers(values[nth * width : (nth + 1) * width])
+                objects[object_name(kind, index, self.place.count)] = entry
         return objects
 
 
-def load_into(store: Store, manifest: Manifest, model: nn.Module, optimizer: Optimizer) -> None:
-    """Model and optimizer become the checkpoint's, whatever the world size was; every rank calls it."""
-    parameters = dict(model.named_parameters())
+def load_into(store: Store, manifest: Manifest, training: Training, place: ShardPlace) -> None:
+    """Model, optimizers and average become the checkpoint's, whatever its parts were; every rank calls it."""
+    parameters = dict(training.model.named_parameters())
     check_shapes(manifest, {name: list(value.shape) for name, value in parameters.items()})
-    _copy_rows(_Objects(store, manifest, "model"), parameters)
+    owners = training.owners()
     for name, shape in manifest.shapes.items():
         if name.startswith(STATE):
-            parameter, _, moment = name.removeprefix(STATE).rpartition(".")
-            assert shape == list(parameters[parameter].shape), name
-            optimizer.state[parameters[parameter]][moment] = torch.zeros_like(parameters[parameter])
+            parameter, moment = _owner(name, parameters, owners)
+            assert shape == list(parameter.shape), name
+            owners[parameter].state[parameter][moment] = torch.zeros_like(parameter)
     for name, value in manifest.scalars.items():
-        parameter, _, scalar = name.removeprefix(STATE).rpartition(".")
-        optimizer.state[parameters[parameter]][scalar] = torch.tensor(value)
-    moments, _ = _optimizer_state(model, optimizer)
-    _copy_rows(_Objects(store, manifest, "optimizer"), moments)
+        parameter, scalar = _owner(name, parameters, owners)
+        on_device = any(group.get("fused") for group in owners[parameter].param_groups)
+        device = parameter.device if on_device else torch.device("cpu")
+        owners[parameter].state[parameter][scalar] = torch.tensor(value, device=device)
+    saved_average = any(name.startswith(AVERAGE) for name in manifest.shapes)
+    for prefix, tensors in training.tensors().items():
+        if prefix == AVERAGE and not saved_average:
+            continue
+        _copy_rows(_Objects(store, manifest, KINDS[prefix]), tensors, place)
+
+
+def _owner(
+    name: str, parameters: Mapping[str, Tensor], owners: Mapping[Tensor, Optimizer]
+) -> tuple[Tensor, str]:
+    """The parameter and the name within its optimizer's state of `state.<parameter>.<name>`."""
+    parameter, _, part = name.removeprefix(STATE).rpartition(".")
+    if parameters[parameter] not in owners:
+        raise CheckpointError(
+            f"{name} is of an optimizer that this run has not; keep optim.optimizer as it was"
+        )
+    return parameters[parameter], part
 
 
 def check_shapes(manifest: Manifest, shapes: dict[str, list[int]]) -> None:
     """CheckpointError naming the tensors in which a model differs from the checkpoint."""
-    saved = {name: shape for name, shape in manifest.shapes.items() if not name.startswith(STATE)}
+    saved = {name: shape for name, shape in manifest.shapes.items() if not name.startswith((STATE, AVERAGE))}
     names = sorted(saved.keys() | shapes.keys())
     differing = [
         f"{name} (checkpoint {saved.get(name, 'none')}, model {shapes.get(name, 'none')})"
@@ -182,9 +252,9 @@ def check_shapes(manifest: Manifest, shapes: dict[str, list[int]]) -> None:
 def load_full(store: Store, manifest: Manifest) -> dict[str, Tensor]:
     """All of the model's tensors in memory, verified, for inspection, fine-tuning and restore tests."""
     objects = _Objects(store, manifest, "model")
-    names = [name for name in manifest.shapes if not name.startswith(STATE)]
-    ranks = range(manifest.world_size)
-    return {name: torch.cat([objects.rows(rank, name) for rank in ranks]) for name in names}
+    names = [name for name in manifest.shapes if not name.startswith((STATE, AVERAGE))]
+    parts = range(manifest.num_shards)
+    return {name: torch.cat([objects.rows(part, name) for part in parts]) for name in names}
 
 
 def object_name(kind: str, rank: int, world_size: int) -> str:
@@ -203,7 +273,7 @@ class _Objects:
     def rows(self, rank: int, name: str) -> Tensor:
         """The rows of a tensor that were this rank's."""
         shape = self.manifest.shapes[name]
-        start, stop = _rows(shape[0], rank, self.manifest.world_size)
+        start, stop = _rows(shape[0], rank, self.manifest.num_shards)
         value = self._tensors(rank).get(name)
         if value is None or list(value.shape) != [stop - start, *shape[1:]]:
             found = "nothing" if value is None else f"shape {list(value.shape)}"
@@ -233,7 +303,7 @@ class _Objects:
         return tensors
 
     def _name(self, rank: int) -> str:
-        return object_name(self._kind, rank, self.manifest.world_size)
+        return object_name(self._kind, rank, self.manifest.num_shards)
 
     def _where(self, rank: int) -> str:
         return f"{self._store.url}/{self.manifest.directory}/{self._name(rank)}"
@@ -247,25 +317,11 @@ def _read(store: Store, key: str) -> bytes:
         raise CheckpointError(f"a checkpoint lacks a part: {error}") from error
 
 
-def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Moments and scalars (such as AdamW's step) by `state.<parameter>.<name>`."""
-    moments: dict[str, Tensor] = {}
-    scalars: dict[str, float] = {}
-    for parameter_name, parameter in model.named_parameters():
-        for name, value in optimizer.state[parameter].items():
-            key = f"{STATE}{parameter_name}.{name}"
-            if value.ndim:
-                moments[key] = value
-            else:
-                scalars[key] = value.item()
-    return moments, scalars
-
-
 @torch.no_grad()
-def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor]) -> None:
-    """Fill this rank's rows of each tensor from whichever saved ranks hold them."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    saved_size = objects.manifest.world_size
+def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor], place: ShardPlace) -> None:
+    """Fill this rank's rows of each tensor from whichever saved parts hold them."""
+    rank, world_size = place.index, place.count
+    saved_size = objects.manifest.num_shards
     for name, value in tensors.items():
         local = _local(value)
         num_rows = objects.manifest.shapes[name][0]

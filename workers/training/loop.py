@@ -5,24 +5,18 @@ Knows neither Ray nor a tracking server; `workers/ray_entry.py` calls it on a cl
 
 import logging
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
+from torch import nn
 
 from workers.config import InitConfig, RunConfig, make_config
-from workers.data.batches import Batch
 from workers.data.index import DatasetIndex
-from workers.data.mixing import mix
 from workers.data.mixture import Source
 from workers.data.quarantine import to_json
-from workers.data.samples import StageTimes
 from workers.data.stream import TrainStream
 from workers.errors import ConfigError
 from workers.models import build_model
@@ -30,15 +24,23 @@ from workers.models.sizes import patch_grid
 from workers.models.vit import VisionTransformer
 from workers.models.weights import adapt_state_dict
 from workers.storage import Store, open_store
-from workers.training.checkpoint import load_full, open_manifest
+from workers.training.checkpoint import Training, load_full, open_manifest
 from workers.training.commits import Lease
-from workers.training.evaluate import Evaluation, evaluate, normalize
+from workers.training.ema import Average
+from workers.training.evaluate import Evaluation, evaluate
+from workers.training.feed import Feed
 from workers.training.inputs import cache_of, check_compute, make_sources, open_data
+from workers.training.loss import initial_head_bias
+from workers.training.meter import Meter
 from workers.training.metrics import EventWriter
-from workers.training.optim import learning_rate, make_optimizer
-from workers.training.parallel import shard, worker_group
+from workers.training.microbatch import choose_microbatch_size
+from workers.training.optim import learning_rate, make_optimizers
+from workers.training.parallel import DTYPES, ShardPlace, parallelize, reshard, worker_group
+from workers.training.peak import peak_flops
+from workers.training.profile import Profile
 from workers.training.proofs import merge_ledgers, settle_epochs
 from workers.training.state import TrainState, share_lease
+from workers.training.step import train_step
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +83,26 @@ def _train_under(
     device: torch.device,
 ) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    batch_size = config.train.global_batch_size
     model = _initial_model(config)
     if config.init is not None and lease.continues is None:
         _load_parent(config.init, model)
-    model = shard(model, device)
-    optimizer = make_optimizer(model, config.optim)
-    state = TrainState(config, store, lease, sources, model, optimizer, device)
-    state.resume()
+    model = parallelize(model, config, device)
+    share = sum(source.share(world_size) for source in sources)
+    microbatch_size = choose_microbatch_size(model, config, share, device)
+    optimizers = make_optimizers(model, config.optim)
+    average = Average(model, config.optim.ema_images) if config.optim.ema_images else None
+    training = Training(model, optimizers, average.tensors if average else {})
+    state = TrainState(config, store, lease, sources, training, ShardPlace.of(config.compute), device)
+    if config.fork is not None and lease.continues is None:
+        state.fork(config.fork)
+    else:
+        state.resume()
+    peak = peak_flops(device, DTYPES[config.train.precision], config.compute.peak_tflops)
     events = EventWriter(store, lease.epoch) if rank == 0 else None
     if events:
-        events.write("start", state.images_seen, world_size=world_size)
+        events.write("start", state.images_seen, world_size=world_size, peak_tflops=peak / 1e12)
 
-    batch_size = config.train.global_batch_size
     total_images = config.num_steps * batch_size
     stream = TrainStream(
         sources,
@@ -107,16 +117,31 @@ def _train_under(
         cache=cache_of(config),
         readers=config.compute.readers,
         decode_threads=_decode_threads(config),
+        pin_memory=device.type == "cuda",
     )
-    meter = Meter(device)
+    feed = Feed(device)
+    meter = Meter(device, flops_per_image=3 * config.model.flops, peak_flops=peak * world_size)
+    profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
     result: Evaluation | None = None
     try:
         while not state.complete:
             rate = learning_rate(config.optim, state.images_seen, total_images)
-            totals = _train_step(state, next(stream), rate)
+            batch = feed.to_device(next(stream))
+            totals = train_step(
+                model,
+                optimizers,
+                batch,
+                config,
+                step=state.step,
+                rate=rate,
+                microbatch_size=microbatch_size,
+            )
             proofs = settle_epochs(sources, state.step, device)
             state.step += 1
+            if average:
+                average.update(batch_size, state.images_seen)
             meter.add(totals, batch_size)
+            profile.step(state.images_seen)
             if events:
                 for proof in proofs:
                     events.write("epoch", state.images_seen, **asdict(proof))
@@ -130,25 +155,39 @@ def _train_under(
                 if events:
                     events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
             if evaluating:
-                images_per_rank = _microbatch_size(config) or -(-batch_size // world_size)
-                result = evaluate(
-                    model,
-                    config.model,
-                    validation,
-                    batch_size=images_per_rank,
-                    max_bad_fraction=config.data.max_bad_fraction,
-                    decode_threads=_decode_threads(config),
-                    cache=cache_of(config),
-                    device=device,
-                )
+                images = microbatch_size or share
+                result = _evaluate(config, model, validation, images, device)
+                averaged = None
+                if average:
+                    with average.swapped(model):
+                        averaged = _evaluate(config, model, validation, images, device)
                 if events:
-                    _write_evaluation(events, state, result)
+                    _write_evaluation(events, state, result, averaged)
                 meter.restart()
             if committing:
-                state.commit(_final_metrics(state, result), events)
+                state.commit(_final_metrics(state, result, averaged), events)
                 meter.restart()
     finally:
+        profile.close()
         stream.close()
+
+
+def _evaluate(
+    config: RunConfig, model: nn.Module, validation: DatasetIndex, batch_size: int, device: torch.device
+) -> Evaluation:
+    """`batch_size` images per rank and forward."""
+    result = evaluate(
+        model,
+        config.model,
+        validation,
+        batch_size=batch_size,
+        max_bad_fraction=config.data.max_bad_fraction,
+        decode_threads=_decode_threads(config),
+        cache=cache_of(config),
+        device=device,
+    )
+    reshard(model)
+    return result
 
 
 def _decode_threads(config: RunConfig) -> int:
@@ -161,7 +200,11 @@ def _decode_threads(config: RunConfig) -> int:
 def _initial_model(config: RunConfig) -> nn.Module:
     """Whole and equal on every rank, from the seed."""
     torch.manual_seed(config.seed)
-    return build_model(**config.model.model_dump())
+    model = build_model(**config.model.model_dump())
+    nn.init.constant_(
+        model.get_parameter("head.bias"), initial_head_bias(config.optim, config.model.num_classes)
+    )
+    return model
 
 
 def _load_parent(init: InitConfig, model: nn.Module) -> None:
@@ -179,53 +222,6 @@ def _load_parent(init: InitConfig, model: nn.Module) -> None:
     model.load_state_dict(state)
 
 
-def _train_step(state: TrainState, batch: Batch, rate: float) -> Tensor:
-    """One update. This rank's share of (loss, accuracy, gradient norm), float32 (3,), stays on the device."""
-    config, device = state.config, state.device
-    global_batch_size = config.train.global_batch_size
-    totals = torch.zeros(3, device=device)
-    images, targets = batch.images.to(device), batch.labels.to(device)
-    labels, weights = targets, batch.weights.to(device)
-    if config.data.augment.mixes:
-        images, targets = mix(
-            images,
-            labels,
-            batch.slots.to(device),
-            augment=config.data.augment,
-            seed=config.seed,
-            step=state.step,
-            num_classes=config.model.num_classes,
-        )
-    for rows in _microbatches(len(labels), _microbatch_size(config)):
-        logits = state.model(normalize(images[rows]))
-        losses = F.cross_entropy(
-            logits, targets[rows], reduction="none", label_smoothing=config.optim.label_smoothing
-        )
-        loss = (losses * weights[rows]).sum() / global_batch_size
-        # FSDP averages gradients over ranks; the gradient of the global batch is their sum.
-        torch.autograd.backward(loss * dist.get_world_size())
-        totals[0] += loss.detach()
-        totals[1] += ((logits.argmax(dim=1) == labels[rows]) * weights[rows]).sum() / global_batch_size
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
-    totals[2] = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / dist.get_world_size()
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return totals
-
-
-def _microbatch_size(config: RunConfig) -> int | None:
-    size = config.compute.microbatch_size
-    return size if isinstance(size, int) else None
-
-
-def _microbatches(num_rows: int, size: int | None) -> Iterator[slice]:
-    size = size or num_rows
-    for start in range(0, num_rows, size):
-        yield slice(start, start + size)
-
-
 def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
     """Before anything is committed: on all ranks alike, since the values are those of all."""
     if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
@@ -236,8 +232,12 @@ def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
         )
 
 
-def _write_evaluation(events: EventWriter, state: TrainState, result: Evaluation) -> None:
+def _write_evaluation(
+    events: EventWriter, state: TrainState, result: Evaluation, averaged: Evaluation | None
+) -> None:
     values = {"val_loss": result.loss, "val_accuracy": result.accuracy}
+    if averaged:
+        values |= {"average_val_loss": averaged.loss, "average_val_accuracy": averaged.accuracy}
     events.write("metrics", state.images_seen, values=values)
     if result.bad_samples:
         events.write("bad_samples", state.images_seen, of="validation", samples=to_json(result.bad_samples))
@@ -245,11 +245,16 @@ def _write_evaluation(events: EventWriter, state: TrainState, result: Evaluation
         events.write("confusion", state.images_seen, counts=result.confusion)
 
 
-def _final_metrics(state: TrainState, result: Evaluation | None) -> dict[str, float]:
+def _final_metrics(
+    state: TrainState, result: Evaluation | None, averaged: Evaluation | None
+) -> dict[str, float]:
     """What a gate may ask for; only the final commit, which was just evaluated, has it."""
     if not state.complete or result is None:
         return {}
-    return {"val_loss": result.loss, "val_accuracy": result.accuracy, "val_images": result.num_images}
+    values = {"val_loss": result.loss, "val_accuracy": result.accuracy, "val_images": result.num_images}
+    if averaged:
+        values |= {"average_val_loss": averaged.loss, "average_val_accuracy": averaged.accuracy}
+    return values
 
 
 def _due(state: TrainState, every: int) -> bool:
@@ -262,42 +267,3 @@ def _checkpoint_due(state: TrainState) -> bool:
     every = state.config.train.checkpoint_every_images
     left = state.config.num_steps * state.config.train.global_batch_size - state.images_seen
     return _due(state, every) and left >= every / 4
-
-
-class Meter:
-    """Sums over steps since the last report; reading them is the loop's only wait for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self._totals = torch.zeros(3, device=self._device)
-        self._steps = self._images = 0
-        self._start = time.perf_counter()
-
-    def add(self, totals: Tensor, images: int) -> None:
-        self._totals += totals
-        self._steps += 1
-        self._images += images
-
-    def take(self, data: StageTimes) -> dict[str, float]:
-        """Means over those steps and all ranks; `data` is what this rank's stream spent meanwhile.
-
-        `data_wait` is a share of the time; the stages are in ms per image of this rank, of all its threads.
-        """
-        dist.all_reduce(self._totals)
-        loss, accuracy, norm = (self._totals / max(1, self._steps)).tolist()
-        seconds = time.perf_counter() - self._start
-        values = {
-            "loss": loss,
-            "accuracy": accuracy,
-            "gradient_norm": norm,
-            "images_per_second": self._images / seconds,
-            "data_wait": min(1.0, data.wait / seconds),
-        }
-        ms_per_image = 1000 * dist.get_world_size() / max(1, self._images)
-        for stage in ("fetch", "verify", "decode", "augment"):
-            values[f"data_{stage}_ms"] = getattr(data, stage) * ms_per_image
-        self.restart()
-        return values

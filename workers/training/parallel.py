@@ -1,14 +1,44 @@
-"""Where a model's tensors live: one mesh over all ranks, FSDP2's `fully_shard` per block and for the rest."""
+"""How a model is spread over ranks: recomputation, then compilation, then FSDP2's `fully_shard`, per block.
+
+Every parameter is split by rows over the ranks of a shard group; all shard groups hold the same (hybrid
+sharding), and there is one group of all ranks by default. Models know nothing of this.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from workers.config import ComputeConfig, RunConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ShardPlace:
+    """Which rows of every tensor this rank holds: those of part `index` of `count`."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, compute: ComputeConfig) -> "ShardPlace":
+        count = compute.shard_workers or dist.get_world_size()
+        return cls(dist.get_rank() % count, count)
+
+    @property
+    def writes(self) -> bool:
+        """The first shard group writes checkpoints; the others hold the same."""
+        return dist.get_rank() < self.count
 
 
 @contextlib.contextmanager
@@ -27,17 +57,75 @@ def worker_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Split every parameter by rows over all ranks; the model, whole on each rank, is sharded in place.
+def parallelize(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
+    """The model, whole and equal on each rank, made ready for training in place, on `device`.
 
-    `reshard_after_forward` also for the root: between steps, and after an evaluation, all parameters are then
-    in their sharded state, which is what checkpoints read.
+    1/ recompute activations in each block, 2/ compile each block, 3/ shard blocks and the rest. In bfloat16
+    the shards, gradients' sums and moments stay float32; what is computed, residual stream included, is
+    bfloat16, and the outputs are float32.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in getattr(model, "blocks", ()):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    compute = config.compute
+    model.to(device)
+    blocks = list(model.get_submodule("blocks").children())
+    for block in blocks:
+        if compute.activation_checkpointing != "none":
+            _recompute(block, selective=compute.activation_checkpointing == "selective")
+        if compute.compile:
+            block.compile()
+    place = ShardPlace.of(compute)
+    replicas = dist.get_world_size() // place.count
+    if replicas == 1:
+        mesh = init_device_mesh(device.type, (place.count,), mesh_dim_names=("shard",))
+    else:
+        shape, names = (replicas, place.count), ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # Alone, a rank has nothing to gain from dropping what it gathered, and would copy it again.
+    keep = place.count == 1
+    dtype = DTYPES[config.train.precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Parameters in their sharded state, which is what checkpoints and optimizers see; a forward pass without
+    a backward one may leave them whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _recompute(block: nn.Module, *, selective: bool) -> None:
+    """Replaced on the instance: wrappers would change the names of parameters."""
+    forward: Callable[..., Any] = block.forward
+    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    def recomputed(*inputs: Any) -> Any:
+        if selective:
+            return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    block.forward = recomputed
+
+
+def _policy(context: Any, operation: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    kept = operation in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""What is dear to compute."""
 
 
 def broadcast_integers(values: list[int], device: torch.device) -> list[int]:

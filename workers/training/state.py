@@ -6,19 +6,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.optim import Optimizer
 
 import workers
-from workers.config import RunConfig
+from workers.config import ForkConfig, RunConfig
 from workers.data.mixture import Source
 from workers.data.quarantine import from_json, to_json
-from workers.errors import CheckpointError
+from workers.errors import CheckpointError, DataError
 from workers.storage import Store
 from workers.training import checkpoint
+from workers.training.checkpoint import Training
 from workers.training.commits import CommitLog, Lease
 from workers.training.metrics import EventWriter
-from workers.training.parallel import broadcast_integers, first_text
+from workers.training.parallel import ShardPlace, broadcast_integers, first_text
 from workers.training.proofs import load_tallies, merge_ledgers, save_tallies
 
 log = logging.getLogger(__name__)
@@ -33,8 +32,8 @@ class TrainState:
     """Of the run."""
     lease: Lease
     sources: list[Source]
-    model: nn.Module
-    optimizer: Optimizer
+    training: Training
+    place: ShardPlace
     device: torch.device
     step: int = 0
     parent: int | None = None
@@ -57,17 +56,13 @@ class TrainState:
             problem = ""
             try:
                 manifest = checkpoint.read_manifest(self.store, commit.manifest, commit.digest)
-                for source, saved in zip(self.sources, manifest.sources, strict=True):
-                    source.check(saved)
-                checkpoint.load_into(self.store, manifest, self.model, self.optimizer)
+                self._check_sources(manifest)
+                checkpoint.load_into(self.store, manifest, self.training, self.place)
             except CheckpointError as error:
                 problem = str(error)
             problem = first_text(problem, self.device)
             if not problem:
-                self.step = manifest.step
-                load_tallies(self.sources, self.step, manifest.tallies, dist.get_rank())
-                for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
-                    source.ledger.add(from_json(bad))
+                self._go_on(manifest)
                 self.parent, self.parent_digest = commit.seq, commit.digest
                 log.info("%s goes on from image %d", self.config.run, self.images_seen)
                 return
@@ -79,11 +74,41 @@ class TrainState:
                 f"delete the run to start again; the newest: {problems[0]}"
             )
 
+    def fork(self, origin: ForkConfig) -> None:
+        """Start where a checkpoint of another run was; all ranks call it."""
+        problem = ""
+        try:
+            store, manifest = checkpoint.open_manifest(origin.manifest, origin.digest)
+            self._check_sources(manifest)
+            checkpoint.load_into(store, manifest, self.training, self.place)
+        except (CheckpointError, DataError) as error:
+            problem = f"fork of {origin.parent}: {error}"
+        if problem := first_text(problem, self.device):
+            raise CheckpointError(problem)
+        self._go_on(manifest)
+        self.parent_digest = origin.digest
+        log.info("%s is forked from %s at image %d", self.config.run, origin.parent, self.images_seen)
+
+    def _check_sources(self, manifest: checkpoint.Manifest) -> None:
+        """DataError if the data, its order or the batches were others."""
+        if len(manifest.sources) != len(self.sources):
+            raise DataError(
+                f"batches were of {len(manifest.sources)} sources, now of {len(self.sources)}; keep data.mix"
+            )
+        for source, saved in zip(self.sources, manifest.sources, strict=True):
+            source.check(saved)
+
+    def _go_on(self, manifest: checkpoint.Manifest) -> None:
+        self.step = manifest.step
+        load_tallies(self.sources, self.step, manifest.tallies, dist.get_rank())
+        for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
+            source.ledger.add(from_json(bad))
+
     def commit(self, metrics: dict[str, float], events: EventWriter | None) -> None:
         """Every rank writes its objects, then rank 0 the manifest and the log's next entry."""
         merge_ledgers([source.ledger for source in self.sources], self.device)
         directory = checkpoint.checkpoint_directory(self.images_seen, self.lease.epoch)
-        written = checkpoint.write_shards(self.store, directory, self.model, self.optimizer)
+        written = checkpoint.write_shards(self.store, directory, self.training, self.place)
         manifest = checkpoint.Manifest(
             run=self.config.run,
             images_seen=self.images_seen,
@@ -91,6 +116,7 @@ class TrainState:
             epoch=self.lease.epoch,
             parent=self.parent_digest,
             world_size=dist.get_world_size(),
+            num_shards=self.place.count,
             objects=written.gather(self.device),
             shapes=written.shapes,
             scalars=written.scalars,
