@@ -27,7 +27,7 @@ BATCH = 48
 CPU = torch.device("cpu")
 
 CLOCKED = (
-    *("images_per_second", "data_wait"),
+    *("images_per_second", "mfu", "data_wait"),
     *("data_fetch_ms", "data_verify_ms", "data_decode_ms", "data_augment_ms"),
 )
 """Values of a metrics event that no two runs share."""

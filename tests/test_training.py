@@ -167,7 +167,7 @@ def test_steps_are_those_of_plain_pytorch(digits_url, store_url, world_size, mic
         if name.endswith("qkv.bias"):
             # A bias of all keys changes no softmax: that gradient is rounding, which AdamW makes a step of.
             wrong[16:32] = 0
-        assert wrong.max() < 1e-6, name
+        assert wrong.max() < 3e-6, name  # sums in another order, through AdamW
     assert all(found[name].abs().max() > 0 for name in expected)
 
 

@@ -122,7 +122,7 @@ def _train_under(
     feed = Feed(device)
     meter = Meter(device, flops_per_image=3 * config.model.flops, peak_flops=peak * world_size)
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
-    result: Evaluation | None = None
+    results: dict[str, Evaluation] = {}
     try:
         while not state.complete:
             rate = learning_rate(config.optim, state.images_seen, total_images)
@@ -156,16 +156,16 @@ def _train_under(
                     events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
             if evaluating:
                 images = microbatch_size or share
-                result = _evaluate(config, model, validation, images, device)
-                averaged = None
+                results[""] = _evaluate(config, model, validation, images, device)
                 if average:
                     with average.swapped(model):
-                        averaged = _evaluate(config, model, validation, images, device)
+                        results["average_"] = _evaluate(config, model, validation, images, device)
                 if events:
-                    _write_evaluation(events, state, result, averaged)
+                    _write_evaluation(events, state, results)
                 meter.restart()
             if committing:
-                state.commit(_final_metrics(state, result, averaged), events)
+                # Only the final commit was just evaluated: what a gate may ask for.
+                state.commit(_metrics(results) if state.complete else {}, events)
                 meter.restart()
     finally:
         profile.close()
@@ -232,12 +232,9 @@ def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
         )
 
 
-def _write_evaluation(
-    events: EventWriter, state: TrainState, result: Evaluation, averaged: Evaluation | None
-) -> None:
-    values = {"val_loss": result.loss, "val_accuracy": result.accuracy}
-    if averaged:
-        values |= {"average_val_loss": averaged.loss, "average_val_accuracy": averaged.accuracy}
+def _write_evaluation(events: EventWriter, state: TrainState, results: Mapping[str, Evaluation]) -> None:
+    result = results[""]
+    values = {name: value for name, value in _metrics(results).items() if not name.endswith("_images")}
     events.write("metrics", state.images_seen, values=values)
     if result.bad_samples:
         events.write("bad_samples", state.images_seen, of="validation", samples=to_json(result.bad_samples))
@@ -245,16 +242,12 @@ def _write_evaluation(
         events.write("confusion", state.images_seen, counts=result.confusion)
 
 
-def _final_metrics(
-    state: TrainState, result: Evaluation | None, averaged: Evaluation | None
-) -> dict[str, float]:
-    """What a gate may ask for; only the final commit, which was just evaluated, has it."""
-    if not state.complete or result is None:
-        return {}
-    values = {"val_loss": result.loss, "val_accuracy": result.accuracy, "val_images": result.num_images}
-    if averaged:
-        values |= {"average_val_loss": averaged.loss, "average_val_accuracy": averaged.accuracy}
-    return values
+def _metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Of the weights, and with the prefix `average_` of their moving average."""
+    values: dict[str, float] = {}
+    for prefix, result in results.items():
+        values |= {f"{prefix}val_loss": result.loss, f"{prefix}val_accuracy": result.accuracy}
+    return {**values, "val_images": results[""].num_images}
 
 
 def _due(state: TrainState, every: int) -> bool:
