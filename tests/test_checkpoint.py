@@ -33,6 +33,7 @@ from workers.storage import open_store
 from workers.training.checkpoint import (
     MANIFEST,
     Manifest,
+    Training,
     load_full,
     load_into,
     open_manifest,
@@ -40,9 +41,10 @@ from workers.training.checkpoint import (
     write_shards,
 )
 from workers.training.commits import CommitLog
+from workers.training.ema import Average
 from workers.training.inputs import make_sources, open_data
-from workers.training.optim import make_optimizer
-from workers.training.parallel import shard
+from workers.training.optim import make_optimizers
+from workers.training.parallel import ShardPlace, parallelize
 from workers.training.restore import load_model, restore_test
 from workers.training.state import TrainState, share_lease
 
@@ -62,18 +64,20 @@ class Odd(nn.Module):
         return self.norm(x) * self.scale.sum(dim=1)
 
 
-def make_odd(seed, config):
+def make_odd(seed, config, averaged=False):
     torch.manual_seed(seed)
-    model = shard(Odd(), CPU)
-    return model, make_optimizer(model, config.optim)
+    model = parallelize(Odd(), config.compute, "float32", CPU)
+    average = Average(model, 100).tensors if averaged else {}
+    return Training(model, make_optimizers(model, config.optim), average)
 
 
-def rows(model, optimizer):
+def rows(training):
     """This rank's rows of all state as numpy, by name; the scalars of the optimizer are rows of their own."""
-    state = {name: value.to_local() for name, value in model.named_parameters()}
-    for name, value in model.named_parameters():
-        for moment, number in optimizer.state[value].items():
-            state[f"state.{name}.{moment}"] = number.to_local() if number.ndim else number[None]
+    state = {name: value.to_local() for name, value in training.model.named_parameters()}
+    for optimizer in training.optimizers:
+        for name, value in training.model.named_parameters():
+            for moment, number in optimizer.state[value].items():
+                state[f"state.{name}.{moment}"] = number.to_local() if number.ndim else number[None]
     return {name: value.detach().numpy().copy() for name, value in state.items()}
 
 
@@ -86,12 +90,12 @@ def save_odd(config, url):
     """Before the first optimizer step and after two; (key, digest, rows) of each."""
     store = open_store(url)
     world_size = dist.get_world_size()
-    model, optimizer = make_odd(world_size, config)
+    training, place = make_odd(world_size, config), ShardPlace.of(config.compute)
     saved = []
     for step in range(3):
         if step in (0, 2):
             directory = f"checkpoints/{world_size}-{step}"
-            written = write_shards(store, directory, model, optimizer)
+            written = write_shards(store, directory, training, place)
             manifest = Manifest(
                 run="odd",
                 images_seen=step,
@@ -99,6 +103,7 @@ def save_odd(config, url):
                 epoch=0,
                 parent=None,
                 world_size=world_size,
+                num_shards=place.count,
                 objects=written.gather(CPU),
                 shapes=written.shapes,
                 scalars=written.scalars,
@@ -113,10 +118,11 @@ def save_odd(config, url):
             digest = hashlib.sha256(manifest.to_bytes()).hexdigest()
             if dist.get_rank() == 0:
                 store.create(f"{directory}/{MANIFEST}", manifest.to_bytes())
-            saved.append((f"{directory}/{MANIFEST}", digest, rows(model, optimizer)))
-        model(torch.randn(4, 5)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            saved.append((f"{directory}/{MANIFEST}", digest, rows(training)))
+        training.model(torch.randn(4, 5)).square().sum().backward()
+        for optimizer in training.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
     return saved
 
 
@@ -125,12 +131,13 @@ def load_odd(config, url, checkpoints):
     store = open_store(url)
     loaded = []
     for key, digest in checkpoints:
-        model, optimizer = make_odd(99, config)
-        load_into(store, read_manifest(store, key, digest), model, optimizer)
-        before = rows(model, optimizer)
-        model(torch.ones(2, 5)).square().sum().backward()
-        optimizer.step()
-        loaded.append((before, rows(model, optimizer)))
+        training = make_odd(99, config)
+        load_into(store, read_manifest(store, key, digest), training, ShardPlace.of(config.compute))
+        before = rows(training)
+        training.model(torch.ones(2, 5)).square().sum().backward()
+        for optimizer in training.optimizers:
+            optimizer.step()
+        loaded.append((before, rows(training)))
     return loaded
 
 
@@ -177,11 +184,11 @@ def complete(config, tmp_path_factory):
 def make_state(config, store):
     model = config.model
     sources = make_sources(config, open_data(config)[0], CPU)
-    sharded = shard(
-        build_model("vit", model.size, image_size=8, patch_size=2, channels=1, num_classes=10), CPU
-    )
+    built = build_model("vit", model.size, image_size=8, patch_size=2, channels=1, num_classes=10)
+    sharded = parallelize(built, config.compute, "float32", CPU)
+    training = Training(sharded, make_optimizers(sharded, config.optim), {})
     lease = share_lease(store, CPU)
-    return TrainState(config, store, lease, sources, sharded, make_optimizer(sharded, config.optim), CPU)
+    return TrainState(config, store, lease, sources, training, ShardPlace.of(config.compute), CPU)
 
 
 def resume_each(config, urls):
@@ -391,7 +398,7 @@ def test_an_object_with_a_tensor_of_another_shape_is_named(complete, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": 2}, r"MANIFEST\.json: format 2, this version reads 1; install"),
+        ({"format": 3}, r"MANIFEST\.json: format 3, this version reads 2; install"),
         ({"format": None}, r"MANIFEST\.json: format None"),
         ({"surprise": 1}, r"MANIFEST\.json is not a checkpoint's manifest: .*surprise"),
         ({"objects": {}}, r"model-00000-of-00001\.safetensors: its manifest does not list it"),

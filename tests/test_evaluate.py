@@ -10,14 +10,14 @@ from torch.nn import functional
 
 from tests.distributed import on_ranks
 from tests.runs import CPU
-from workers.config import ModelConfig
+from workers.config import ComputeConfig, ModelConfig
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.data.transforms import DecodeTimes, eval_transform
 from workers.models import build_model
 from workers.storage import open_store
 from workers.training.evaluate import evaluate, normalize
-from workers.training.parallel import shard
+from workers.training.parallel import parallelize
 
 CONFIG = ModelConfig(size="digits-xs", image_size=8, patch_size=2, channels=1, num_classes=10)
 
@@ -32,7 +32,7 @@ def make_model():
 
 def evaluate_with(url, batch_sizes):
     """With all that is a function of the predictions, and the predictions."""
-    model = shard(make_model(), CPU)
+    model = parallelize(make_model(), ComputeConfig(), "float32", CPU)
     index = DatasetIndex.open(url)
     results = [
         evaluate(model, CONFIG, index, batch_size=size, max_bad_fraction=0, device=CPU)

@@ -33,6 +33,7 @@ from workers.storage import NotFound, Store, open_store
 from workers.training.parallel import ShardPlace
 
 FORMAT = 2
+"""Format 1 had no `num_shards`: each rank wrote a part."""
 MANIFEST = "MANIFEST.json"
 STATE = "state."
 """Prefix of the optimizer's tensors in `Manifest.shapes` and of its scalars."""
@@ -102,6 +103,8 @@ def read_manifest(store: Store, key: str, digest: str) -> Manifest:
         )
     try:
         values = json.loads(data)
+        if values["format"] == 1:
+            values |= {"format": FORMAT, "num_shards": values["world_size"]}
         if values["format"] != FORMAT:
             raise CheckpointError(
                 f"{where}: format {values['format']}, this version reads {FORMAT}; "

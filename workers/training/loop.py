@@ -87,7 +87,7 @@ def _train_under(
     model = _initial_model(config)
     if config.init is not None and lease.continues is None:
         _load_parent(config.init, model)
-    model = parallelize(model, config, device)
+    model = parallelize(model, config.compute, config.train.precision, device)
     share = sum(source.share(world_size) for source in sources)
     microbatch_size = choose_microbatch_size(model, config, share, device)
     optimizers = make_optimizers(model, config.optim)

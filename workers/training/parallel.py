@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from workers.config import ComputeConfig, RunConfig
+from workers.config import ComputeConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,14 +57,13 @@ def worker_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def parallelize(model: nn.Module, config: RunConfig, device: torch.device) -> nn.Module:
+def parallelize(model: nn.Module, compute: ComputeConfig, precision: str, device: torch.device) -> nn.Module:
     """The model, whole and equal on each rank, made ready for training in place, on `device`.
 
     1/ recompute activations in each block, 2/ compile each block, 3/ shard blocks and the rest. In bfloat16
     the shards, gradients' sums and moments stay float32; what is computed, residual stream included, is
     bfloat16, and the outputs are float32.
     """
-    compute = config.compute
     model.to(device)
     blocks = list(model.get_submodule("blocks").children())
     for block in blocks:
@@ -81,7 +80,7 @@ def parallelize(model: nn.Module, config: RunConfig, device: torch.device) -> nn
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     # Alone, a rank has nothing to gain from dropping what it gathered, and would copy it again.
     keep = place.count == 1
-    dtype = DTYPES[config.train.precision]
+    dtype = DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
