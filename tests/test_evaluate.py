@@ -121,7 +121,7 @@ def test_damaged_images_are_left_out_on_every_rank(tiny_url, tmp_path):
 
 
 def evaluate_damaged(url):
-    model, index = shard(make_model(), CPU), DatasetIndex.open(url)
+    model, index = parallelize(make_model(), ComputeConfig(), "float32", CPU), DatasetIndex.open(url)
     result = evaluate(model, CONFIG, index, batch_size=4, max_bad_fraction=0.1, device=CPU)
     return result, result.predictions.ordinals.tolist()
 

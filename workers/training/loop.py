@@ -19,6 +19,7 @@ from workers.data.mixture import Source
 from workers.data.quarantine import to_json
 from workers.data.stream import TrainStream
 from workers.errors import ConfigError
+from workers.evaluation.result import CONFUSION_CLASSES
 from workers.models import build_model
 from workers.models.sizes import patch_grid
 from workers.models.vit import VisionTransformer
@@ -43,9 +44,6 @@ from workers.training.state import TrainState, share_lease
 from workers.training.step import train_step
 
 log = logging.getLogger(__name__)
-
-CONFUSION_CLASSES = 200
-"""Up to so many classes the confusion matrix is recorded; beyond, nobody reads it."""
 
 
 def train_worker(payload: Mapping[str, Any], device: torch.device) -> None:
@@ -238,16 +236,18 @@ def _write_evaluation(events: EventWriter, state: TrainState, results: Mapping[s
     events.write("metrics", state.images_seen, values=values)
     if result.bad_samples:
         events.write("bad_samples", state.images_seen, of="validation", samples=to_json(result.bad_samples))
-    if state.complete and len(result.confusion) <= CONFUSION_CLASSES:
-        events.write("confusion", state.images_seen, counts=result.confusion)
+    if state.complete:
+        events.write("evaluation", state.images_seen, details=result.details())
+        if result.num_classes <= CONFUSION_CLASSES:
+            events.write("confusion", state.images_seen, counts=result.confusion)
 
 
 def _metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
     """Of the weights, and with the prefix `average_` of their moving average."""
     values: dict[str, float] = {}
     for prefix, result in results.items():
-        values |= {f"{prefix}val_loss": result.loss, f"{prefix}val_accuracy": result.accuracy}
-    return {**values, "val_images": results[""].num_images}
+        values |= {f"{prefix}{name}": value for name, value in result.metrics().items()}
+    return values
 
 
 def _due(state: TrainState, every: int) -> bool:
