@@ -29,8 +29,8 @@ def finetune_config(
     version = registry.resolve(reference)
     _, manifest = open_manifest(version.manifest, version.digest)
     parent = make_config(manifest.config)
-    if parent.model.family != "vit":
-        raise ConfigError(f"{version.label} is a {parent.model.family}; only a ViT has position embeddings")
+    if parent.model.family == "resnet":
+        raise ConfigError(f"{version.label} is a resnet; only a ViT or a hybrid has position embeddings")
     facts = read_facts(data) if data else facts_at(parent.data.url, parent.data.validation_url)
     init = InitConfig(
         manifest=version.manifest,

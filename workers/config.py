@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from workers.config_text import explain, override, plain, read_yaml
 from workers.errors import ConfigError
+from workers.models.hybrid_sizes import HybridSpec, hybrid_size
 from workers.models.resnet_sizes import resnet_flops, resnet_parameters, resnet_size
 from workers.models.sizes import (
     Activation,
@@ -24,7 +25,6 @@ from workers.models.sizes import (
     Resampling,
     ViTSpec,
     image_shape,
-    patch_grid,
     vit_flops,
     vit_parameters,
     vit_size,
@@ -44,16 +44,17 @@ class Part(BaseModel):
 
 
 class ModelConfig(Part):
-    family: Literal["vit", "resnet"] = "vit"
+    family: Literal["vit", "hybrid", "resnet"] = "vit"
     size: str
-    """A name of `workers/models/sizes.py` (ti, s, b, l, h, ..., the toy sizes) or `resnet_sizes.py`."""
+    """A name of `workers/models/sizes.py` (ti, s, b, l, h, ..., the toy sizes), `resnet_sizes.py` (20, r50x1,
+    ...) or `hybrid_sizes.py` (r50-b, ...)."""
     image_size: Positive | tuple[Positive, Positive]
     """Pixels per side at which the model sees images; [height, width] for those that are no squares."""
     patch_size: int = Field(default=16, gt=0)
     channels: Literal[1, 3] = 3
     num_classes: int = Field(default=0, ge=0)
     """0: as many as the data set has."""
-    # What follows is of ViTs; `ViTSpec` in `workers/models/sizes.py` says what each does.
+    # What follows is of ViTs and hybrids; `ViTSpec` in `workers/models/sizes.py` says what each does.
     pool: Pool = "cls"
     norm_after_pool: bool = False
     positions: Positions = "learned"
@@ -70,12 +71,11 @@ class ModelConfig(Part):
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
-        if self.family == "vit":
-            patch_grid(self.image_size, self.patch_size)
-            _ = self.spec
-        else:
+        if self.family == "resnet":
             resnet_size(self.size)
             image_shape(self.image_size)
+        else:
+            _ = self.spec.grid
         return self
 
     @property
@@ -85,20 +85,17 @@ class ModelConfig(Part):
 
     @property
     def spec(self) -> ViTSpec:
-        """Of a ViT."""
-        values = {name: getattr(self, name) for name in VIT_OPTIONS}
-        return ViTSpec(
-            size=vit_size(self.size),
-            image_size=self.image_shape,
-            patch_size=self.patch_size,
-            channels=self.channels,
-            num_classes=self.num_classes,
-            **values,
-        )
+        """Of a ViT or a hybrid."""
+        shape = ("patch_size", "channels", "num_classes")
+        values = {name: getattr(self, name) for name in (*shape, *VIT_OPTIONS)}
+        if self.family == "hybrid":
+            stem, size = hybrid_size(self.size, self.patch_size)
+            return HybridSpec(stem=stem, size=size, image_size=self.image_shape, **values)
+        return ViTSpec(size=vit_size(self.size), image_size=self.image_shape, **values)
 
     @property
     def parameters(self) -> int:
-        if self.family == "vit":
+        if self.family != "resnet":
             return vit_parameters(self.spec)
         size = resnet_size(self.size)
         return resnet_parameters(size, channels=self.channels, num_classes=self.num_classes)
@@ -106,7 +103,7 @@ class ModelConfig(Part):
     @property
     def flops(self) -> int:
         """Of the forward pass, per image; a training step costs three times that."""
-        if self.family == "vit":
+        if self.family != "resnet":
             return vit_flops(self.spec)
         return resnet_flops(
             resnet_size(self.size),

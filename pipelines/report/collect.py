@@ -89,6 +89,7 @@ def collect_probe(version: Version, config: RunConfig, name: str) -> Probe:
 
 def collect_rung(result: RungResult, page: str | None) -> Rung:
     config = result.config
+    assert config.model.family != "hybrid"  # studies train ViTs and ResNets
     return Rung(
         family=config.model.family,
         size=config.model.size,

@@ -67,14 +67,7 @@ class ResNet(nn.Module):
         Deterministic in the generator's state (torch's own when None), which must be of the parameters'
         device. Call it on whole tensors: the draws of a sharded tensor depend on the sharding.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(
-                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
-                )
-            elif isinstance(module, nn.GroupNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_convolutions(self, generator)
         for block in self.blocks:
             assert isinstance(block, ResidualBlock)
             nn.init.zeros_(block.norm2.weight)
@@ -84,3 +77,13 @@ class ResNet(nn.Module):
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // CHANNELS_PER_GROUP, channels)
+
+
+def init_convolutions(model: nn.Module, generator: torch.Generator | None) -> None:
+    """He et al. 2015 (arXiv 1502.01852) for the convolutions of `model`, norms that change nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(module, nn.GroupNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)

@@ -3,7 +3,9 @@
 Conventions as in `workers/models/sizes.py`.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.models.sizes import image_shape, unknown_size
 
@@ -16,41 +18,125 @@ class ResNetSize:
     width: int = 16
 
 
-# He et al. 2016, section 4.2 and table 6.
-RESNET_SIZES = {
+@dataclass(frozen=True, kw_only=True)
+class BiTSize:
+    """Bottlenecks of each stage. The first stage has 256 * width_factor channels, the next twice as many."""
+
+    blocks: tuple[int, ...]
+    width_factor: int = 1
+
+    @property
+    def features(self) -> int:
+        """Channels of what the head sees."""
+        return (128 * self.width_factor) << len(self.blocks)
+
+
+RESNET_SIZES: dict[str, ResNetSize | BiTSize] = {
+    # He et al. 2016, section 4.2 and table 6.
     "8": ResNetSize(blocks_per_stage=1),
     "14": ResNetSize(blocks_per_stage=2),
     "20": ResNetSize(blocks_per_stage=3),
+    "32": ResNetSize(blocks_per_stage=5),
+    "44": ResNetSize(blocks_per_stage=7),
+    "56": ResNetSize(blocks_per_stage=9),
+    # Kolesnikov et al. 2020 (arXiv 1912.11370) and, for r50x2, r152x1 and r200x3, Dosovitskiy et al. 2021,
+    # table 6, which compares ViTs with them.
+    "r50x1": BiTSize(blocks=(3, 4, 6, 3)),
+    "r50x2": BiTSize(blocks=(3, 4, 6, 3), width_factor=2),
+    "r50x3": BiTSize(blocks=(3, 4, 6, 3), width_factor=3),
+    "r101x1": BiTSize(blocks=(3, 4, 23, 3)),
+    "r101x3": BiTSize(blocks=(3, 4, 23, 3), width_factor=3),
+    "r152x1": BiTSize(blocks=(3, 8, 36, 3)),
+    "r152x2": BiTSize(blocks=(3, 8, 36, 3), width_factor=2),
+    "r152x4": BiTSize(blocks=(3, 8, 36, 3), width_factor=4),
+    "r200x3": BiTSize(blocks=(3, 24, 36, 3), width_factor=3),
 }
 
 
-def resnet_size(name: str) -> ResNetSize:
+def resnet_size(name: str) -> ResNetSize | BiTSize:
     if name not in RESNET_SIZES:
         raise unknown_size("ResNet", name, RESNET_SIZES)
     return RESNET_SIZES[name]
 
 
-def resnet_parameters(size: ResNetSize, *, channels: int, num_classes: int) -> int:
-    convolutions = sum(9 * inputs * outputs for inputs, outputs, _ in _convolutions(size, channels))
-    norms = sum(2 * outputs for _, outputs, _ in _convolutions(size, channels))
-    return convolutions + norms + 4 * size.width * num_classes + num_classes
+def resnet_parameters(size: ResNetSize | BiTSize, *, channels: int, num_classes: int) -> int:
+    convolutions = _convolutions(size, channels)
+    weights = sum(row.weights for row in convolutions)
+    features = convolutions[-1].outputs
+    if isinstance(size, BiTSize):  # a norm before each convolution of a bottleneck's branch, and the last one
+        norms = 2 * features + sum(2 * (row.inputs + 2 * row.inner) for row in bottlenecks(size))
+    else:
+        norms = sum(2 * row.outputs for row in convolutions)
+    return weights + norms + features * num_classes + num_classes
 
 
 def resnet_flops(
-    size: ResNetSize, *, image_size: int | tuple[int, int], channels: int, num_classes: int
+    size: ResNetSize | BiTSize, *, image_size: int | tuple[int, int], channels: int, num_classes: int
 ) -> int:
-    height, width = image_shape(image_size)
-    multiply_adds = 4 * size.width * num_classes
-    for inputs, outputs, stride in _convolutions(size, channels):
-        multiply_adds += 9 * inputs * outputs * -(-height // stride) * -(-width // stride)
-    return 2 * multiply_adds
+    convolutions = _convolutions(size, channels)
+    head = convolutions[-1].outputs * num_classes
+    return 2 * (multiply_adds(convolutions, image_shape(image_size)) + head)
 
 
-def _convolutions(size: ResNetSize, channels: int) -> list[tuple[int, int, int]]:
-    """(input channels, output channels, stride of the output against the image) of each 3 x 3 convolution."""
-    rows = [(channels, size.width, 1)]
+class Convolution(NamedTuple):
+    """Of `kernel` x `kernel`; one output for each `stride` x `stride` pixels of the image, rounded up."""
+
+    kernel: int
+    inputs: int
+    outputs: int
+    stride: int
+
+    @property
+    def weights(self) -> int:
+        return self.kernel**2 * self.inputs * self.outputs
+
+
+def multiply_adds(convolutions: Iterable[Convolution], image_shape: tuple[int, int]) -> int:
+    height, width = image_shape
+    return sum(row.weights * -(-height // row.stride) * -(-width // row.stride) for row in convolutions)
+
+
+class BottleneckShape(NamedTuple):
+    """Channels of one bottleneck; its 3 x 3 convolution has `inner` of them, and its stride."""
+
+    inputs: int
+    inner: int
+    outputs: int
+    stride: int
+    first: bool
+    """Of its stage: a convolution on the shortcut takes it to other channels."""
+
+
+def bottlenecks(size: BiTSize) -> list[BottleneckShape]:
+    rows: list[BottleneckShape] = []
+    for stage, count in enumerate(size.blocks):
+        outputs = 256 * size.width_factor * 2**stage
+        for index in range(count):
+            inputs = rows[-1].outputs if rows else 64 * size.width_factor
+            stride = 2 if stage and index == 0 else 1
+            rows.append(BottleneckShape(inputs, outputs // 4, outputs, stride, first=index == 0))
+    return rows
+
+
+def bit_convolutions(size: BiTSize, channels: int) -> list[Convolution]:
+    """Stem and bottlenecks, ending with the one whose outputs are the features."""
+    rows = [Convolution(7, channels, 64 * size.width_factor, 2)]
+    stride = 4  # of the stem and its max-pooling
+    for inputs, inner, outputs, own_stride, first in bottlenecks(size):
+        rows.append(Convolution(1, inputs, inner, stride))
+        stride *= own_stride
+        if first:
+            rows.append(Convolution(1, inputs, outputs, stride))
+        rows += [Convolution(3, inner, inner, stride), Convolution(1, inner, outputs, stride)]
+    return rows
+
+
+def _convolutions(size: ResNetSize | BiTSize, channels: int) -> Sequence[Convolution]:
+    if isinstance(size, BiTSize):
+        return bit_convolutions(size, channels)
+    rows = [Convolution(3, channels, size.width, 1)]
     for stage in range(3):
         outputs = size.width * 2**stage
         for _ in range(2 * size.blocks_per_stage):
-            rows.append((rows[-1][1], outputs, 2**stage))
+            rows.append(Convolution(3, rows[-1].outputs, outputs, 2**stage))
     return rows

@@ -111,6 +111,14 @@ class ViTSpec:
         """Rows of `pos_embed` before those of the patches."""
         return self.num_prefix if self.embed_prefix and self.positions == "learned" else 0
 
+    @property
+    def patch_embedding_parameters(self) -> int:
+        return _linear(self.channels * self.patch_size**2, self.size.width)
+
+    @property
+    def patch_embedding_multiply_adds(self) -> int:
+        return self.grid[0] * self.grid[1] * self.channels * self.patch_size**2 * self.size.width
+
 
 def vit_size(name: str) -> ViTSize:
     if name not in VIT_SIZES:
@@ -143,7 +151,7 @@ def vit_parameters(spec: ViTSpec) -> int:
     """Trainable numbers; fixed positions are none."""
     width, mlp_dim, depth = spec.size.width, spec.size.mlp_dim, spec.size.depth
     rows = spec.grid[0] * spec.grid[1] + spec.embedded_prefix
-    embedding = _linear(spec.channels * spec.patch_size**2, width)
+    embedding = spec.patch_embedding_parameters
     embedding += spec.num_prefix * width + (rows * width if spec.positions == "learned" else 0)
     norm = 2 * width
     mlp = _linear(width, mlp_dim) + _linear(mlp_dim, width)
@@ -161,13 +169,13 @@ def vit_flops(spec: ViTSpec) -> int:
     width, mlp_dim = spec.size.width, spec.size.mlp_dim
     patches = spec.grid[0] * spec.grid[1]
     tokens = spec.num_prefix + patches
-    patch_embedding = patches * spec.channels * spec.patch_size**2 * width
     projections = tokens * 4 * width**2
     scores_and_mixing = 2 * tokens**2 * width
     mlp = 2 * width * mlp_dim
-    multiply_adds = patch_embedding + spec.size.depth * (projections + scores_and_mixing + tokens * mlp)
+    multiply_adds = spec.patch_embedding_multiply_adds
+    multiply_adds += spec.size.depth * (projections + scores_and_mixing + tokens * mlp)
     if spec.pool == "map":
-        multiply_adds += 2 * width**2 + 2 * tokens * width**2 + 2 * tokens * width + mlp
+        multiply_adds += 2 * width**2 + 2 * patches * width**2 + 2 * patches * width + mlp
     if spec.hidden_head:
         multiply_adds += width**2
     return 2 * (multiply_adds + width * spec.num_classes)

@@ -17,17 +17,19 @@ from workers.models.sizes import ViTSpec
 class PatchEmbed(nn.Module):
     """Cut into patches and project each: what a convolution does whose stride is its kernel."""
 
-    def __init__(self, spec: ViTSpec) -> None:
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
         super().__init__()
-        p = self.patch_size = spec.patch_size
-        self.proj = nn.Conv2d(spec.channels, spec.size.width, kernel_size=p, stride=p)
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         # As a matrix product, which is faster than cuDNN's and oneDNN's convolutions of this shape.
         batch, channels, height, width = images_BCHW.shape
         p = self.patch_size
-        patches = images_BCHW.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        rows = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
+        patches = images_BCHW.reshape(batch, channels, height // p, p, width // p, p)
+        rows = patches.permute(0, 2, 4, 1, 3, 5).reshape(
+            batch, (height // p) * (width // p), channels * p * p
+        )
         embedded: Tensor = F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
         return embedded
 
@@ -119,7 +121,7 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query that looks at all tokens, then an MLP: the MAP head of Zhai et al. 2022."""
+    """One learned query that looks at all patches, then an MLP: the MAP head of Zhai et al. 2022."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
@@ -159,10 +161,11 @@ class VisionTransformer(nn.Module):
 
     `spec.grid` is the (height, width) of the patch tokens; `spec.num_prefix` counts the tokens before them.
     `pos_embed` is (1, spec.embedded_prefix + height * width, D); fixed ones are a parameter that takes no
-    gradient, so that they are saved and resampled as learned ones are.
+    gradient, so that they are saved and resampled as learned ones are. `patch_embed` maps images to patch
+    tokens (B, height * width, D); None: a projection of the pixels.
     """
 
-    def __init__(self, spec: ViTSpec) -> None:
+    def __init__(self, spec: ViTSpec, patch_embed: PatchEmbed | None = None) -> None:
         super().__init__()
         width, depth = spec.size.width, spec.size.depth
         assert width % spec.size.num_heads == 0
@@ -175,7 +178,7 @@ class VisionTransformer(nn.Module):
             rows = spec.embedded_prefix + spec.grid[0] * spec.grid[1]
             learned = spec.positions == "learned"
             self.pos_embed = nn.Parameter(torch.empty(1, rows, width), requires_grad=learned)
-        self.patch_embed = PatchEmbed(spec)
+        self.patch_embed = patch_embed or PatchEmbed(spec.channels, spec.patch_size, width)
         self.pos_drop = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(depth))
         norm = nn.LayerNorm(width, eps=spec.norm_epsilon)
@@ -227,7 +230,7 @@ class VisionTransformer(nn.Module):
         elif spec.pool == "gap":
             pooled_BD = self.norm(x_BND[:, spec.num_prefix :]).mean(dim=1)
         else:
-            pooled_BD = self.attn_pool(self.norm(x_BND))
+            pooled_BD = self.attn_pool(self.norm(x_BND[:, spec.num_prefix :]))
         features_BD: Tensor = self.pre_logits(pooled_BD) if spec.hidden_head else pooled_BD
         return features_BD
 
