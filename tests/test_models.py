@@ -6,8 +6,15 @@ from torch.nn import functional
 
 from workers.errors import ConfigError
 from workers.models import build_model
+from workers.models.positions import sincos2d
 
 VIT = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10}
+SIZES = {"vit": "digits-xs", "resnet": "8", "bit": "r50x1", "hybrid": "r26-digits-xs"}
+OPTIONS = [
+    {"pool": "gap", "norm_after_pool": True, "positions": "sincos2d", "registers": 1},
+    {"pool": "map", "positions": "rope", "qk_norm": True, "hidden_head": True},
+    {"registers": 3, "embed_prefix": False, "layer_scale": 1e-4, "dropout": 0.1},
+]
 
 
 def wave(shape, frequency):
@@ -18,7 +25,8 @@ def wave(shape, frequency):
 
 def build(family, *, seed=0, **changes):
     torch.manual_seed(seed)
-    return build_model(family, "digits-xs" if family == "vit" else "8", **{**VIT, **changes})
+    shape = {**VIT, "image_size": 32, "patch_size": 32} if family == "hybrid" else VIT
+    return build_model("resnet" if family == "bit" else family, SIZES[family], **{**shape, **changes})
 
 
 def scramble(model):
@@ -27,33 +35,6 @@ def scramble(model):
         for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.2 * wave(parameter.shape, 0.7 + 0.1 * index))
     return model
-
-
-def test_vit_logits_equal_timms():
-    # timm 1.0.29: VisionTransformer(img_size=(8, 12), patch_size=4, embed_dim=16, depth=3, num_heads=1,
-    # num_classes=4).eval(), every tensor i of its state dict set to wave(shape, 0.7 + 0.1 * i).
-    timms = [[5.82022, -8.15178, 8.93817, -7.89332], [6.10442, -8.44992, 9.24444, -8.20172]]
-    model = build("vit", image_size=(8, 12), patch_size=4, channels=3, num_classes=4)
-    state = {
-        name: wave(tensor.shape, 0.7 + 0.1 * index)
-        for index, (name, tensor) in enumerate(model.state_dict().items())
-    }
-    model.load_state_dict(state)
-    with torch.no_grad():
-        logits = model(5 * wave((2, 3, 8, 12), 0.37))
-    torch.testing.assert_close(logits, torch.tensor(timms), atol=2e-4, rtol=1e-4)
-
-
-def test_vit_has_timms_names_in_timms_order():
-    block = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
-    modules = [
-        "patch_embed.proj",
-        *(f"blocks.{n}.{part}" for n in range(3) for part in block),
-        "norm",
-        "head",
-    ]
-    names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
-    assert list(build("vit").state_dict()) == ["cls_token", "pos_embed", *names]
 
 
 def test_vit_is_written_for_height_and_width():
@@ -76,11 +57,15 @@ def test_vit_refuses_images_of_another_size(shape):
         build("vit")(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
-def test_weights_after_meta_are_those_of_the_seed(family):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((family, {}) for family in SIZES), *(("vit", options) for options in OPTIONS), ("hybrid", OPTIONS[1])],
+    ids=str,
+)
+def test_weights_after_meta_are_those_of_the_seed(family, options):
     torch.manual_seed(11)
     with torch.device("meta"):
-        model = build(family)
+        model = build(family, **options)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,16 +82,32 @@ def test_weights_after_meta_are_those_of_the_seed(family):
 
     model.init_weights(generator.manual_seed(6))
     drawn = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, first[name])}
-    if family == "vit":
-        constant = {name for name in first if "norm" in name or "bias" in name or "head" in name}
-        assert drawn == first.keys() - constant - {"cls_token"}
-    else:
-        assert drawn == {name for name in first if "conv" in name}
+    constant = {name for name in first if name.endswith((".bias", ".gamma"))}
+    constant |= {name for name in first if "norm" in name or name.startswith("head.") or name == "cls_token"}
+    constant |= {"pos_embed"} if options.get("positions") == "sincos2d" else set()
+    assert drawn == first.keys() - constant
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_vit_initial_values_that_are_not_drawn(options):
+    model = build("vit", **options)
+    state = model.state_dict()
+    if options.get("positions") == "sincos2d":
+        assert torch.equal(state["pos_embed"], sincos2d((4, 4), 16))
+        assert not model.pos_embed.requires_grad
+    for name, tensor in state.items():
+        if name.endswith(".gamma"):
+            assert (tensor == options["layer_scale"]).all(), name
+        elif "norm" in name and name.endswith(".weight"):
+            assert (tensor == 1).all(), name
+        elif name in ("cls_token", "head.weight") or name.endswith(".bias"):
+            assert (tensor == 0).all(), name
+
+
+@pytest.mark.parametrize("family", SIZES)
 def test_first_loss_is_that_of_equal_odds(family):
-    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    side = 32 if family == "hybrid" else 8
+    images, labels = torch.randn(6, 1, side, side), torch.arange(6)
     loss = functional.cross_entropy(build(family)(images), labels)
     assert loss.item() == pytest.approx(math.log(10), abs=1e-6)
 
@@ -128,10 +129,11 @@ def test_vit_initial_spread():
         assert weight.mean().item() == pytest.approx(0, abs=0.05 * spread)
 
 
-@pytest.mark.parametrize("family", ["vit", "resnet"])
+@pytest.mark.parametrize("family", SIZES)
 def test_a_sample_does_not_feel_its_batch(family):
-    model = scramble(build(family)).train()
-    images = torch.randn(5, 1, 8, 8)
+    model = scramble(build(family)).train().double()
+    side = 32 if family == "hybrid" else 8
+    images = torch.randn(3, 1, side, side, dtype=torch.float64)
     with torch.no_grad():
         alone = torch.cat([model(image[None]) for image in images])
         torch.testing.assert_close(model(images), alone)
@@ -174,14 +176,22 @@ def test_resnet_of_20_layers_has_19_convolutions_and_a_head():
 @pytest.mark.parametrize(
     ("family", "size", "changes", "message"),
     [
-        ("swin", "ti", {}, "model.family: 'swin' is not known; choose one of vit, resnet"),
+        ("swin", "ti", {}, "model.family: 'swin' is not known; choose one of vit, hybrid, resnet"),
         (
             "vit",
             "tiny",
             {},
-            "model.size: no ViT is called 'tiny'; choose one of digits-xs, .*, ti, s, b, l, h",
+            "model.size: no ViT is called 'tiny'.*; choose one of digits-xs, .*, ti, s, b, l, h",
         ),
-        ("resnet", "50", {}, "model.size: no ResNet is called '50'; choose one of 8, 14, 20"),
+        ("resnet", "50", {}, "model.size: no ResNet is called '50'.*; choose one of 8, 14, 20, .*, r50x1, "),
+        (
+            "hybrid",
+            "r50-b",
+            {},
+            "model.patch_size: 2 is not the stride of the stem of r50-b; choose 16 or 32",
+        ),
+        ("hybrid", "r50-b", {"patch_size": 16}, "model.image_size: 8 is not a multiple of model.patch_size"),
+        ("vit", "ti", {"norm_after_pool": True}, "model.norm_after_pool: needs model.pool gap, not cls"),
         ("vit", "ti", {"patch_size": 3}, "model.image_size: 8 is not a multiple of model.patch_size 3"),
         ("vit", "ti", {"num_classes": 0}, "model.num_classes: 0 is not positive"),
         ("resnet", "8", {"channels": 0}, "model.channels: 0 is not positive"),

@@ -25,6 +25,7 @@ from workers.models.sizes import (
     Resampling,
     ViTSpec,
     image_shape,
+    patch_grid,
     vit_flops,
     vit_parameters,
     vit_size,
@@ -75,7 +76,8 @@ class ModelConfig(Part):
             resnet_size(self.size)
             image_shape(self.image_size)
         else:
-            _ = self.spec.grid
+            patch_grid(self.image_size, self.patch_size)
+            _ = self.spec
         return self
 
     @property
