@@ -26,7 +26,7 @@ class Throughput:
     dtype: str
     device: str
     peak_bytes: int | None
-    """Of the device's memory, weights included; None on a CPU."""
+    """Of the device's memory, for weights, images and activations; None on a CPU."""
 
 
 @torch.inference_mode()
@@ -47,6 +47,7 @@ def throughput(
     A round is as many passes as take some `round_seconds`, with one wait for the device at its end.
     """
     cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0  # by others
     model = copy.deepcopy(model).to(device, dtype).eval()
     # Not zeros, with which a GPU draws less power and so runs faster.
     images = torch.rand(batch_size, channels, *image_shape, device=device, dtype=dtype) * 2 - 1
@@ -64,7 +65,7 @@ def throughput(
         image_shape=image_shape,
         dtype=str(dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if cuda else "cpu",
-        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
+        peak_bytes=torch.cuda.max_memory_allocated(device) - before if cuda else None,
     )
 
 
