@@ -16,12 +16,14 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.job import check_name, run_head, run_url
+from orchestrator.job import check_name
 from orchestrator.tracking import mlflow_errors
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
+from workers.models.sizes import parse_size, size_text
 from workers.storage import AlreadyExists, NotFound, join_url, open_store
 from workers.training.checkpoint import Manifest, open_manifest
+from workers.training.commits import CommitLog
 from workers.training.restore import restore_test
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ class Version:
     """Of MLflow."""
     parent: str
     """`model/version` that it was fine-tuned from, or empty."""
-    image_size: int
+    image_size: int | tuple[int, int]
+    """Pixels per side, or height and width."""
     metrics: dict[str, float]
 
     @property
@@ -88,16 +91,19 @@ class Registry:
 
     def register(self, model: str, config: RunConfig, run_id: str) -> Version:
         """The version that points to this run's final commit, made if it is not there."""
+        return self.register_run(model, config.run, run_id)
+
+    def register_run(self, model: str, run: str, run_id: str) -> Version:
+        """Likewise, by the run's name: weights that were imported have no configuration."""
         check_name(model, "model")
-        head = run_head(self._runs, config)
+        url = join_url(self._runs, "runs", run)
+        head = CommitLog(open_store(url)).head()
         if head is None or not head.complete:
-            raise CheckpointError(
-                f"{config.run} has no final checkpoint to register; train it to its end first"
-            )
+            raise CheckpointError(f"{run} has no final checkpoint to register; train it to its end first")
         for version in self.versions(model):
             if version.digest == head.digest:
                 return version
-        manifest_url = join_url(run_url(self._runs, config), head.manifest)
+        manifest_url = join_url(url, head.manifest)
         _, manifest = open_manifest(manifest_url, head.digest)
         with mlflow_errors(SERVICE):
             self._ensure_model(model)
@@ -105,7 +111,7 @@ class Registry:
                 model,
                 source=_to_source(manifest_url),
                 run_id=run_id,
-                tags=_tags(config, manifest, head.digest),
+                tags=_tags(manifest, head.digest),
             )
         return _from_mlflow(created)
 
@@ -237,13 +243,14 @@ def _pass_gate(version: Version, gate: Gate) -> float:
     return value
 
 
-def _tags(config: RunConfig, manifest: Manifest, digest: str) -> dict[str, str]:
+def _tags(manifest: Manifest, digest: str) -> dict[str, str]:
+    data, init = manifest.config.get("data") or {}, manifest.config.get("init") or {}
     tags = {
         DIGEST_TAG: digest,
-        "vitscale.run": config.run,
-        "vitscale.data_fingerprint": str(config.data.fingerprint),
-        "vitscale.image_size": str(config.model.image_size),
-        "vitscale.parent": config.init.parent if config.init else "",
+        "vitscale.run": manifest.run,
+        "vitscale.data_fingerprint": str(data.get("fingerprint")),
+        "vitscale.image_size": size_text(manifest.model.image_size),
+        "vitscale.parent": init.get("parent", ""),
     }
     return tags | {f"metric.{name}": repr(value) for name, value in manifest.metrics.items()}
 
@@ -254,7 +261,7 @@ def _readable(versions: Iterable[ModelVersion]) -> Iterator[Version]:
         if DIGEST_TAG in version.tags:
             try:
                 yield _from_mlflow(version)
-            except (KeyError, ValueError) as error:
+            except (KeyError, ValueError, ConfigError) as error:
                 log.warning("%s/%s is left out: tag %s was changed", version.name, version.version, error)
 
 
@@ -268,7 +275,7 @@ def _from_mlflow(version: ModelVersion) -> Version:
         run=tags["vitscale.run"],
         run_id=version.run_id or "",
         parent=tags.get("vitscale.parent", ""),
-        image_size=int(tags["vitscale.image_size"]),
+        image_size=parse_size(tags["vitscale.image_size"]),
         metrics={
             name.removeprefix("metric."): float(value)
             for name, value in tags.items()

@@ -13,6 +13,7 @@ from workers.config import (
     make_config,
 )
 from workers.errors import ConfigError
+from workers.models.sizes import size_text
 
 FineTuning = Literal["adamw", "paper", "deit3"]
 
@@ -156,5 +157,4 @@ def fork_cooldown(parent: RunConfig, fork: ForkConfig, at_images: int, cooldown_
 
 def pixels(image_size: int | tuple[int, int]) -> str:
     """384px, or 224x320px of 224 rows."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return f"{height}px" if height == width else f"{height}x{width}px"
+    return f"{size_text(image_size)}px"

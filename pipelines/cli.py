@@ -17,6 +17,7 @@ from pipelines import data_commands
 from pipelines.evaluate_command import evaluate
 from pipelines.terminal import AsJson, SiteFile, console, errors, open_site, progress_console
 from workers.errors import ConfigError, VitscaleError
+from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
     from orchestrator.registry import Version
@@ -212,7 +213,12 @@ def train(
 @app.command()
 def finetune(
     model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
-    image_size: Annotated[int, typer.Option(help="Pixels per side; a multiple of the model's patch size.")],
+    image_size: Annotated[
+        str,
+        typer.Option(
+            help="Pixels per side, or HEIGHTxWIDTH as 224x320; multiples of the model's patch size."
+        ),
+    ],
     data: DataRoot = None,
     epochs: Annotated[float, typer.Option(help="Passes over the training images.")] = 20.0,
     overrides: Overrides = None,
@@ -233,13 +239,76 @@ def finetune(
     run = finetune_config(
         where,
         model,
-        image_size=image_size,
+        image_size=parse_size(image_size),
         data=where.data_url(data) if data else None,
         epochs=epochs,
         overrides=overrides or [],
     )
     version = run_finetune(where, run, register_as=register_as, console=progress_console(as_json))
     _print_version(version, as_json)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="model.safetensors of timm or Hugging Face, or JAX's .npz.")],
+    model: Annotated[str, typer.Option("--as", help="Name of the registered model.")],
+    image_size: Annotated[
+        str | None, typer.Option(help="What it was trained at; needed for rectangles: HEIGHTxWIDTH.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="timm, hf, big_vision or safetensors. Default: told from the names.")
+    ] = None,
+    normalization: Annotated[
+        str, typer.Option(help="What its images were normalised with: half (to -1..1) or imagenet.")
+    ] = "half",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the model that no tensor tells, e.g. activation=gelu."),
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register weights from timm, Hugging Face or big_vision as a model version to fine-tune from.
+
+    Example: vitscale import model.safetensors --as augreg-b16
+    """
+    where = open_site(site)
+    from pipelines.exchange import import_file
+
+    version = import_file(
+        where,
+        file,
+        model,
+        image_size=parse_size(image_size) if image_size else None,
+        format=format,
+        normalization=normalization,
+        overrides=overrides or [],
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(version)))
+        return
+    pixels = size_text(version.image_size)
+    console.print(f"{version.label}  {pixels} px  {version.run}")
+    console.print(f"fine-tune it: vitscale finetune {version.label} --data URL --image-size {pixels}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
+    out: Annotated[Path, typer.Option(help="File to write; a folder for hf. Must not exist.")],
+    format: Annotated[str, typer.Option(help="timm, hf, big_vision or safetensors.")] = "safetensors",
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a registered version's weights as timm, transformers or JAX take them, and say how.
+
+    Example: vitscale export vit-digits@champion --format timm --out vit-digits.safetensors
+    """
+    where = open_site(site)
+    from pipelines.exchange import export_version
+
+    code = export_version(where, model, format, out)
+    typer.echo(json.dumps({"path": str(out), "python": code}) if as_json else code)
 
 
 @app.command()
@@ -279,7 +348,7 @@ def models(
             version.model,
             str(version.version),
             aliases,
-            str(version.image_size),
+            size_text(version.image_size),
             accuracy,
             version.parent,
             version.run,
@@ -346,7 +415,7 @@ def _print_version(version: "Version", as_json: bool) -> None:
         return
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in version.metrics.items())
     parent = f"  parent {version.parent}" if version.parent else ""
-    console.print(f"{version.label}  {version.image_size} px  {metrics}{parent}")
+    console.print(f"{version.label}  {size_text(version.image_size)} px  {metrics}{parent}")
     console.print(f"promote it: vitscale promote {version.model} {version.version} --to champion")
 
 

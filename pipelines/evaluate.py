@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from orchestrator.site import Site
-from workers.config import ModelConfig, RunConfig, make_config
+from workers.config import ModelConfig, RunConfig
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError, DataError
 from workers.evaluation.features import extract_features, some_of_each_class
@@ -116,19 +116,19 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"--batch-size {batch_size}: expected a number above 0")
     model, manifest = load_model(checkpoint.url, checkpoint.digest)
-    config = make_config(manifest.config)
+    config = manifest.run_config
     train, validation = _open_data(config, data)
-    _check_classes(config, validation)
+    _check_classes(manifest.model, config, validation)
     if shots and train is None:
         raise ConfigError(f"--few-shot: {data} has no training images; give the root of train/ and val/")
     if image_size is not None:
-        model = _resampled(model, config.model, image_size)
-    facts = config.model.model_copy(update={"image_size": image_size or config.model.image_size})
+        model = _resampled(model, manifest.model, image_size)
+    facts = manifest.model.model_copy(update={"image_size": image_size or manifest.model.image_size})
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = model.to(device)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
-        "max_bad_fraction": config.data.max_bad_fraction,
+        "max_bad_fraction": config.data.max_bad_fraction if config else MAX_BAD_FRACTION,
         "decode_threads": _decode_threads(facts),
         "device": device,
     }
@@ -138,7 +138,7 @@ def evaluate(
     speeds = _throughput(model, facts, batch_size, device) if measure_throughput else []
     return Report(
         checkpoint=checkpoint,
-        run=config.run,
+        run=manifest.run,
         image_size=facts.image_size,
         data=validation.source,
         fingerprint=validation.fingerprint,
@@ -173,9 +173,11 @@ def write_report(report: Report, folder: Path) -> None:
         raise ConfigError(f"--out {folder}: {error}") from error
 
 
-def _open_data(config: RunConfig, data: str | None) -> tuple[DatasetIndex | None, DatasetIndex]:
+def _open_data(config: RunConfig | None, data: str | None) -> tuple[DatasetIndex | None, DatasetIndex]:
     """The indexes of training images, where there are any, and of validation images."""
     if data is None:
+        if config is None:
+            raise ConfigError("the weights were imported, with no data of their own; give --data URL")
         return DatasetIndex.open(config.data.url), DatasetIndex.open(config.data.validation_url)
     if not data.endswith(".tar") and "{" not in data:
         try:
@@ -187,9 +189,9 @@ def _open_data(config: RunConfig, data: str | None) -> tuple[DatasetIndex | None
     return None, DatasetIndex.open(data)
 
 
-def _check_classes(config: RunConfig, validation: DatasetIndex) -> None:
+def _check_classes(model: ModelConfig, config: RunConfig | None, validation: DatasetIndex) -> None:
     """ConfigError unless each class of the data is the model's class of the same number."""
-    found, outputs = validation.classes, config.model.num_classes
+    found, outputs = validation.classes, model.num_classes
     if not found:
         raise ConfigError(
             f"{validation.source} was indexed without labels; run `vitscale index {validation.source}` "
@@ -200,7 +202,7 @@ def _check_classes(config: RunConfig, validation: DatasetIndex) -> None:
             f"{validation.source} has {len(found)} classes, the model tells {outputs} apart; give the data "
             "that it was trained for, or fine-tune it"
         )
-    if validation.fingerprint == config.data.validation_fingerprint:
+    if config is None or validation.fingerprint == config.data.validation_fingerprint:
         return
     try:
         expected = DatasetIndex.open(config.data.url).classes

@@ -12,6 +12,7 @@ from pipelines.recipes import facts_at, fine_tune, read_facts
 from workers.config import InitConfig, RunConfig, make_config
 from workers.config_text import override
 from workers.errors import ConfigError
+from workers.models.sizes import size_text
 from workers.training.checkpoint import open_manifest
 
 
@@ -19,7 +20,7 @@ def finetune_config(
     site: Site,
     reference: str,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     data: str | None = None,
     epochs: float = 20.0,
     overrides: Iterable[str] = (),
@@ -28,18 +29,16 @@ def finetune_config(
     registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
     version = registry.resolve(reference)
     _, manifest = open_manifest(version.manifest, version.digest)
-    parent = make_config(manifest.config)
-    if parent.model.family == "resnet":
+    model, parent = manifest.model, manifest.run_config
+    if model.family == "resnet":
         raise ConfigError(f"{version.label} is a resnet; only a ViT or a hybrid has position embeddings")
-    facts = read_facts(data) if data else facts_at(parent.data.url, parent.data.validation_url)
     init = InitConfig(
         manifest=version.manifest,
         digest=version.digest,
-        new_head=facts.fingerprint != parent.data.fingerprint
-        and len(facts.classes) != parent.model.num_classes,
+        new_head=not same_data and len(facts.classes) != model.num_classes,
         parent=version.label,
     )
-    config = fine_tune(parent, parent.model, facts, init, image_size=image_size, epochs=epochs)
+    config = fine_tune(parent, model, facts, init, image_size=image_size, epochs=epochs)
     return make_config(override(config.model_dump(mode="json"), overrides))
 
 
@@ -49,6 +48,6 @@ def finetune(site: Site, config: RunConfig, *, register_as: str | None, console:
     The model is by default called after the parent's and the image size.
     """
     assert config.init is not None, "as finetune_config makes it"
-    size = config.model.image_size
+    size = size_text(config.model.image_size)
     name = register_as or f"{config.init.parent.partition('/')[0]}-{size}px"
     return train(site, config, register_as=name, label=f"fine-tune at {size} px", console=console)

@@ -155,7 +155,9 @@ class _Models:
     low: Version
 
 
-def _fine_tune_config(site: Site, parent: Version, image_size: int, plan: Plan) -> RunConfig:
+def _fine_tune_config(
+    site: Site, parent: Version, image_size: int | tuple[int, int], plan: Plan
+) -> RunConfig:
     return finetune_config(site, f"{parent.model}@champion", image_size=image_size, epochs=plan.finetune)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from workers.errors import CheckpointError
 from workers.models import build_model
-from workers.models.positions import resample_position_embedding
+from workers.models.positions import resample_patch_embedding, resample_position_embedding
 from workers.models.weights import adapt_state_dict
 
 SHAPE = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10}
@@ -91,3 +91,93 @@ def test_a_wrong_size_names_a_few_and_counts_the_rest(trained):
 def test_a_wrong_source_grid_is_refused(trained):
     with pytest.raises(CheckpointError, match="grid of 5 x 5 patches"):
         adapt_state_dict(trained.state_dict(), source_grid=(5, 5), target=on_meta(), new_head=False)
+
+
+def test_the_convention_is_the_one_asked_for(trained):
+    state, target = trained.state_dict(), on_meta(image_size=16)
+    for convention in ("bicubic", "bilinear"):
+        adapted = adapt_state_dict(
+            state, source_grid=(4, 4), target=target, new_head=False, convention=convention
+        )
+        expected = resample_position_embedding(
+            state["pos_embed"], (4, 4), (8, 8), num_prefix=1, convention=convention
+        )
+        assert torch.equal(adapted["pos_embed"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({"registers": 3}, 4),
+        ({"registers": 3, "embed_prefix": False}, 0),
+        ({"pool": "gap", "registers": 2}, 2),
+        ({"pool": "map", "layer_scale": 0.1, "qk_norm": True}, 0),
+        ({"positions": "sincos2d"}, 0),
+        ({"pool": "gap", "norm_after_pool": True, "positions": "sincos2d", "registers": 1}, 0),
+    ],
+)
+def test_tokens_before_the_patches_are_not_resampled(options, prefix):
+    model = build_model("vit", "digits-xs", **SHAPE, **options)
+    target = build_model("vit", "digits-xs", **{**SHAPE, "image_size": (12, 6)}, **options)
+    adapted = adapt_state_dict(model.state_dict(), source_grid=(4, 4), target=target, new_head=False)
+    expected = resample_position_embedding(model.pos_embed, (4, 4), (6, 3), num_prefix=prefix)
+    assert torch.equal(adapted["pos_embed"], expected)
+    target.load_state_dict(adapted)
+    assert target(torch.zeros(1, 1, 12, 6)).isfinite().all()
+
+
+def test_rotary_positions_need_no_resampling():
+    model = build_model("vit", "digits-xs", **SHAPE, positions="rope")
+    target = on_meta(image_size=16, positions="rope")
+    state = model.state_dict()
+    adapted = adapt_state_dict(state, source_grid=(4, 4), target=target, new_head=False)
+    assert all(adapted[name] is state[name] for name in state) and len(adapted) == len(state)
+
+
+def test_patches_of_another_size_are_resampled(trained):
+    target = on_meta(image_size=16, patch_size=4)
+    state = trained.state_dict()
+    adapted = adapt_state_dict(state, source_grid=(4, 4), target=target, new_head=False)
+    assert torch.equal(
+        adapted["patch_embed.proj.weight"], resample_patch_embedding(state["patch_embed.proj.weight"], 4)
+    )
+    assert adapted["pos_embed"] is state["pos_embed"]
+    # Twice the image in patches twice as large: much the same to the model.
+    larger = build_model("vit", "digits-xs", **{**SHAPE, "image_size": 16, "patch_size": 4})
+    larger.load_state_dict(adapted)
+    images = torch.randn(4, 1, 8, 8)
+    resized = torch.nn.functional.interpolate(images, size=(16, 16), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(larger(resized), trained(images), atol=0.2, rtol=0.2)
+
+
+def test_a_new_head_takes_the_place_of_a_hidden_layer():
+    model = build_model("vit", "digits-xs", **SHAPE, hidden_head=True)
+    state = model.state_dict()
+    adapted = adapt_state_dict(state, source_grid=(4, 4), target=on_meta(), new_head=True)
+    assert not any(name.startswith("pre_logits") for name in adapted)
+    kept = adapt_state_dict(state, source_grid=(4, 4), target=on_meta(hidden_head=True), new_head=True)
+    assert kept["pre_logits.fc.weight"] is state["pre_logits.fc.weight"]
+    with pytest.raises(CheckpointError, match=r"pre_logits.fc.bias \(16,\) is unexpected"):
+        adapt_state_dict(state, source_grid=(4, 4), target=on_meta(), new_head=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"pool": "gap"},
+            r"cls_token \(1, 1, 16\) is unexpected; .*pos_embed is \(1, 17, 16\), the model needs",
+        ),
+        ({"pool": "map"}, r"attn_pool.kv.bias is missing"),
+        ({"registers": 2}, r"pos_embed is \(1, 17, 16\), .* needs \(1, 19, 16\); reg_token is missing"),
+        ({"positions": "rope"}, r"pos_embed \(1, 17, 16\) is unexpected"),
+        ({"embed_prefix": False}, r"\(1, 17, 16\) is not \(1, 16, width\), which 0 prefix tokens"),
+        ({"qk_norm": True}, "blocks.0.attn.k_norm.bias is missing"),
+        ({"layer_scale": 0.1}, "blocks.0.ls1.gamma is missing"),
+        ({"channels": 3}, r"patch_embed.proj.weight is \(16, 1, 2, 2\), the model needs \(16, 3, 2, 2\)"),
+    ],
+)
+def test_another_model_s_weights_are_refused_by_name_and_shape(trained, options, said):
+    with pytest.raises(CheckpointError, match=said):
+        adapt_state_dict(trained.state_dict(), source_grid=(4, 4), target=on_meta(**options), new_head=False)

@@ -385,5 +385,13 @@ def make_config(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(explain(error, RunConfig)) from None
 
 
+def make_model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A model from plain values, as a checkpoint has it; ConfigError names each wrong field."""
+    try:
+        return ModelConfig.model_validate_json(json.dumps(plain(values)))
+    except ValidationError as error:
+        raise ConfigError(explain(error, ModelConfig)) from None
+
+
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     return make_config(override(read_yaml(path), overrides))

@@ -15,6 +15,7 @@ from workers.config import RunConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import Ledger
 from workers.data.stream import validation_batches
+from workers.models.sizes import image_shape
 from workers.models.vit import VisionTransformer
 from workers.storage import join_url, open_store
 from workers.training.evaluate import normalize
@@ -50,7 +51,7 @@ def collect_confusion(site: Site, version: Version) -> NDArray[np.int64] | None:
 def collect_score(version: Version, name: str) -> Score:
     total = round(version.metrics["val_images"])
     correct = round(version.metrics["val_accuracy"] * total)
-    return Score(name=name, image_size=version.image_size, correct=correct, total=total)
+    return Score(name=name, image_size=max(image_shape(version.image_size)), correct=correct, total=total)
 
 
 def collect_dataset(name: str, config: RunConfig) -> Dataset:

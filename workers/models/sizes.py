@@ -7,6 +7,7 @@ them, are half of that. A training step costs three times the forward pass.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -132,6 +133,21 @@ def image_shape(image_size: int | tuple[int, int]) -> tuple[int, int]:
     if min(height, width) < 1:
         raise ConfigError(f"model.image_size: {image_size} is not positive")
     return height, width
+
+
+def size_text(image_size: int | tuple[int, int]) -> str:
+    """224 of a square, 224x320 of height 224 and width 320."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """The reverse of `size_text`; ConfigError where it is none."""
+    match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
+    if match is None:
+        raise ConfigError(f"image size {text!r}: expected pixels per side as 224, or HEIGHTxWIDTH as 224x320")
+    height, width = image_shape((int(match[1]), int(match[2] or match[1])))
+    return height if height == width else (height, width)
 
 
 def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:

@@ -50,7 +50,8 @@ def adapt_state_dict(
             convention=convention,
         )
     if PATCHES in adapted and adapted[PATCHES].ndim == 4:
-        adapted[PATCHES] = resample_patch_embedding(adapted[PATCHES], target.spec.patch_size)
+        height, width = wanted[PATCHES].shape[2:]
+        adapted[PATCHES] = resample_patch_embedding(adapted[PATCHES], (height, width))
     check_state(adapted, wanted)
     return {name: adapted[name] for name in wanted}
 

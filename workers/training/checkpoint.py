@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from workers.config import ModelConfig, RunConfig, make_config, make_model_config
 from workers.errors import CheckpointError
 from workers.storage import NotFound, Store, open_store
 from workers.training.parallel import ShardPlace
@@ -65,6 +66,7 @@ class Manifest:
     scalars: dict[str, float]
     """The optimizer's state that is not tensors."""
     config: dict[str, Any]
+    """A RunConfig; of imported weights `model` and `source` alone."""
     sources: list[dict[str, Any]]
     """Identity of each source's order, and its samples in a global batch: the position is step x count."""
     tallies: list[list[int]]
@@ -82,6 +84,16 @@ class Manifest:
         values = asdict(self)
         values.pop("key")
         return json.dumps(values, sort_keys=True, indent=1).encode()
+
+    @property
+    def model(self) -> ModelConfig:
+        """Also of weights that were imported, whose `config` has a `source` and no training."""
+        return make_model_config(self.config["model"])
+
+    @property
+    def run_config(self) -> RunConfig | None:
+        """None of imported weights."""
+        return None if "source" in self.config else make_config(self.config)
 
     @property
     def directory(self) -> str:

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from workers.config import make_config
 from workers.errors import CheckpointError
 from workers.models import build_model
 from workers.training.checkpoint import Manifest, check_shapes, load_full, open_manifest
@@ -12,8 +11,7 @@ from workers.training.checkpoint import Manifest, check_shapes, load_full, open_
 def load_model(url: str, digest: str) -> tuple[nn.Module, Manifest]:
     """The model of a manifest, in evaluation mode; every byte is verified before use."""
     store, manifest = open_manifest(url, digest)
-    config = make_config(manifest.config).model
-    model = build_model(**config.model_dump())
+    model = build_model(**manifest.model.model_dump())
     check_shapes(manifest, {name: list(value.shape) for name, value in model.named_parameters()})
     model.load_state_dict(load_full(store, manifest))
     return model.eval(), manifest
@@ -26,7 +24,7 @@ def restore_test(url: str, digest: str) -> None:
     broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if broken:
         raise CheckpointError(f"{url}: weights that are not finite: {', '.join(broken[:5])}")
-    config = make_config(manifest.config).model
+    config = manifest.model
     shape = (2, config.channels, *config.image_shape)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if not torch.isfinite(model(images)).all():

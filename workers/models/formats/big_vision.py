@@ -30,10 +30,11 @@ OUTER = {
         for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "proj"))
     },
 }
+POSEMBED_INPUT = "Transformer/posembed_input/pos_embedding"
 PARAMETERS = {
     "cls": "cls_token",
     "pos_embedding": "pos_embed",
-    "Transformer/posembed_input/pos_embedding": "pos_embed",
+    POSEMBED_INPUT: "pos_embed",
     "MAPHead_0/probe": "attn_pool.latent",
 }
 ATTENTION = {"query": "attn.q", "key": "attn.k", "value": "attn.v", "out": "attn.proj"}
@@ -54,10 +55,11 @@ def recognises(names: set[str]) -> bool:
 
 
 def known(tensors: Mapping[str, Tensor]) -> Known:
-    """JAX's GELU is the tanh approximation; queries are kept by head."""
+    """JAX's GELU is the tanh approximation; queries are kept by head; the layout says what has positions."""
     queries = [t for name, t in tensors.items() if re.search(r"encoderblock[^/]*/[^/]+/query/bias$", name)]
     num_heads = queries[0].shape[-2] if queries and queries[0].ndim > 1 else None
-    return Known(activation="gelu_tanh", num_heads=num_heads)
+    embed_prefix = any(name.endswith(POSEMBED_INPUT) for name in tensors)
+    return Known(activation="gelu_tanh", num_heads=num_heads, embed_prefix=embed_prefix)
 
 
 def to_ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +91,7 @@ def from_ours(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     if found := [name for name, lacks in lacking.items() if lacks]:
         raise CheckpointError(f"big_vision's ViT has no {', '.join(found)}; export as timm or safetensors")
     layout = "vision_transformer" if spec.embedded_prefix else "big_vision"
-    embedding = "Transformer/posembed_input/pos_embedding" if spec.embedded_prefix else "pos_embedding"
+    embedding = POSEMBED_INPUT if spec.embedded_prefix else "pos_embedding"
     parameters = {ours: theirs for theirs, ours in PARAMETERS.items()} | {"pos_embed": embedding}
     modules = {ours: theirs for theirs, ours in OUTER.items()}
     block_modules = {ours: theirs for theirs, ours in BLOCK[layout].items()}

@@ -151,7 +151,7 @@ def known(file: Path) -> Known:
     """What config.json beside the file says; transformers' defaults where there is none."""
     path = file.with_name("config.json")
     if not path.is_file():
-        return Known(norm_epsilon=EPSILON)
+        return Known(norm_epsilon=EPSILON, embed_prefix=True)
     try:
         values = json.loads(path.read_text())
         if values["model_type"] != "vit":
@@ -161,6 +161,7 @@ def known(file: Path) -> Known:
             raise CheckpointError(f"{path}: hidden_act {activation!r}; known: {', '.join(ACTIVATIONS)}")
         side = values.get("image_size")
         return Known(
+            embed_prefix=True,
             norm_epsilon=float(values.get("layer_norm_eps", EPSILON)),
             activation=ACTIVATIONS[activation],
             num_heads=int(values["num_attention_heads"]) if "num_attention_heads" in values else None,

@@ -1,17 +1,16 @@
 """A model of ours from a file of weights, whoever made it."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from workers.config import ModelConfig
-from workers.config_text import explain, override
+from workers.config import ModelConfig, make_model_config
+from workers.config_text import override
 from workers.errors import CheckpointError, ConfigError
 from workers.models import build_model
 from workers.models.formats import MODEL_KEY, Format, big_vision, huggingface, timm
@@ -56,7 +55,7 @@ def import_weights(
         raise CheckpointError(f"{path}: its tensors are not named as {found} names them, but {_names(file)}")
     try:
         state, fields = _convert(file, found, path, image_size)
-        config = _model(override(fields, overrides), path)
+        config = make_model_config(override(fields, overrides))
         has_head = HEAD[0] in state
         if not has_head and config.num_classes == HEADLESS_CLASSES:
             state |= {HEAD[0]: torch.zeros(1, config.spec.size.width), HEAD[1]: torch.zeros(1)}
@@ -105,18 +104,11 @@ def _convert(
         state, known = big_vision.to_ours(file.tensors), big_vision.known(file.tensors)
     else:
         state, known = dict(file.tensors), Known()
-        if "reg_token" in state and "attn_pool.latent" in state:
-            raise CheckpointError("registers with an attention pool: timm's does not look at them, ours does")
         if "pos_embed" not in state:
             raise CheckpointError("has no pos_embed; rotary positions of others are not ours")
-    return state, infer_model(state, known, image_size)
-
-
-def _model(fields: Mapping[str, Any], path: Path) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate_json(json.dumps(fields))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, ModelConfig)}") from None
+    if image_size is not None:
+        known = replace(known, image_size=image_size)
+    return state, infer_model(state, known)
 
 
 def _renormalized(state: dict[str, Tensor], normalization: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from workers.errors import CheckpointError
 from workers.models.positions import square_grid
-from workers.models.sizes import VIT_SIZES, Activation, patch_grid
+from workers.models.sizes import VIT_SIZES, Activation, patch_grid, size_text
 
 HEADLESS_CLASSES = 1
 """Of the zero head that a file without one is given; fine-tuning makes a new one."""
@@ -26,19 +26,17 @@ class Known:
     activation: Activation = "gelu"
     num_heads: int | None = None
     image_size: int | tuple[int, int] | None = None
+    embed_prefix: bool | None = None
+    """Whether the tokens before the patches have positions; None: as the file's model may be."""
 
 
-def infer_model(
-    state: Mapping[str, Tensor], known: Known, image_size: int | tuple[int, int] | None
-) -> dict[str, Any]:
+def infer_model(state: Mapping[str, Tensor], known: Known) -> dict[str, Any]:
     """Fields of a ModelConfig. CheckpointError, naming what is wrong or missing, where no model of ours has
-    such tensors; `image_size` is needed unless the positions are those of square images."""
+    such tensors; `known.image_size` is needed unless the positions can only be those of square images."""
     channels, patch_size = _patches(state)
     registers = state["reg_token"].shape[1] if "reg_token" in state else 0
     has_class_token = "cls_token" in state
-    image_size, embed_prefix = _positions(
-        state, registers + has_class_token, patch_size, image_size or known.image_size
-    )
+    image_size, embed_prefix = _positions(state, registers + has_class_token, patch_size, known)
     fields: dict[str, Any] = {
         "size": _size_name(state, known.num_heads),
         "image_size": image_size,
@@ -96,34 +94,36 @@ def _size_name(state: Mapping[str, Tensor], num_heads: int | None) -> str:
 
 
 def _positions(
-    state: Mapping[str, Tensor], num_prefix: int, patch_size: int, image_size: int | tuple[int, int] | None
+    state: Mapping[str, Tensor], num_prefix: int, patch_size: int, known: Known
 ) -> tuple[int | tuple[int, int], bool]:
-    """Image size, and whether tokens before the patches have positions."""
+    """Image size, and whether tokens before the patches have positions.
+
+    A count of rows tells neither by itself: 196 may be 14 x 14, or 13 x 15 and a class token, or 7 x 28. What
+    is taken without an image size is a square after all tokens before the patches, or none of them.
+    """
     if "pos_embed" not in state:
-        if image_size is None:
+        if known.image_size is None:
             raise CheckpointError("no position embedding tells the image size; give it (--image-size)")
-        return image_size, True
+        return known.image_size, True
     rows = _tensor(state, "pos_embed", ndim=3).shape[1]
-    if image_size is not None:
-        height, width = patch_grid(image_size, patch_size)
-        if rows not in (height * width, height * width + num_prefix):
-            raise CheckpointError(
-                f"pos_embed {tuple(state['pos_embed'].shape)}: images of {image_size} have {height * width} "
-                f"patches of {patch_size}, and {num_prefix} tokens before them; this has {rows} rows"
-            )
-        return image_size, rows != height * width or num_prefix == 0
-    squares = [count for count in {rows, rows - num_prefix} if count > 0 and _is_square(count)]
-    if len(squares) > 1:
+    what = f"pos_embed {tuple(state['pos_embed'].shape)}"
+    readings = [embedded for embedded in (True, False) if known.embed_prefix in (embedded, None)]
+    if known.image_size is not None:
+        height, width = patch_grid(known.image_size, patch_size)
+        for embedded in readings:
+            if rows == height * width + num_prefix * embedded:
+                return known.image_size, embedded or not num_prefix
         raise CheckpointError(
-            f"pos_embed {tuple(state['pos_embed'].shape)}: with and without its {num_prefix} tokens before "
-            "the patches it could be a square grid; give the image size (--image-size)"
+            f"{what}: images of {size_text(known.image_size)} px have {height * width} patches of "
+            f"{patch_size} px, and {num_prefix} tokens before them; the positions are of {rows}"
         )
-    side, _ = square_grid(squares[0] if squares else rows - num_prefix)
-    return side * patch_size, side * side != rows or num_prefix == 0
-
-
-def _is_square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
+    if num_prefix and len(readings) > 1 and math.isqrt(rows) ** 2 == rows:
+        raise CheckpointError(
+            f"{what}: a square grid without positions for the {num_prefix} tokens before the patches, or a "
+            "rectangle with them; give the image size (--image-size)"
+        )
+    side, _ = square_grid(rows - num_prefix * readings[0])
+    return side * patch_size, readings[0] or not num_prefix
 
 
 def _tensor(state: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:

@@ -45,8 +45,7 @@ def create_model(config: ModelConfig) -> str:
     if spec.pool == "gap":
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": spec.norm_after_pool}
     elif spec.pool == "map":
-        # Ours attends to the registers, too.
-        arguments |= {"class_token": False, "global_pool": "map", "pool_include_prefix": True}
+        arguments |= {"class_token": False, "global_pool": "map"}
     if spec.registers:
         arguments["reg_tokens"] = spec.registers
     if spec.num_prefix and not spec.embedded_prefix:
