@@ -33,6 +33,8 @@ from workers.training.evaluate import evaluate as evaluate_model
 from workers.training.parallel import worker_group
 from workers.training.restore import load_model
 
+MAX_BAD_FRACTION = 0.001
+"""For weights that were imported; others have that of their run."""
 SEEDS = (0, 1, 2)
 """Draws of the images for few-shot accuracies; as many as big_vision's."""
 

@@ -121,6 +121,7 @@ def finish(
         epoch=lease.epoch,
         parent=None,
         world_size=1,
+        num_shards=1,
         objects={name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}},
         shapes={key: list(value.shape) for key, value in state.items()},
         scalars={},
