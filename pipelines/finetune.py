@@ -32,6 +32,13 @@ def finetune_config(
     model, parent = manifest.model, manifest.run_config
     if model.family == "resnet":
         raise ConfigError(f"{version.label} is a resnet; only a ViT or a hybrid has position embeddings")
+    if data is not None:
+        facts = read_facts(data)
+    elif parent is not None:
+        facts = facts_at(parent.data.url, parent.data.validation_url)
+    else:
+        raise ConfigError(f"{version.label} was imported, with no data of its own; give --data URL")
+    same_data = parent is not None and facts.fingerprint == parent.data.fingerprint
     init = InitConfig(
         manifest=version.manifest,
         digest=version.digest,
