@@ -28,6 +28,19 @@ VALUES: dict[str, Any] = {
         "patch_size": 2,
         "channels": 1,
         "num_classes": 10,
+        "pool": "gap",
+        "norm_after_pool": False,
+        "positions": "learned",
+        "embed_prefix": True,
+        "registers": 1,
+        "qk_norm": True,
+        "layer_scale": 1e-4,
+        "activation": "gelu",
+        "norm_epsilon": 1e-5,
+        "hidden_head": True,
+        "drop_path": 0.1,
+        "drop_path_uniform": True,
+        "dropout": 0.1,
     },
     "data": {
         "url": "file:///data/train",
@@ -46,6 +59,7 @@ VALUES: dict[str, Any] = {
             "min_scale": 0.5,
             "min_ratio": 0.5,
             "flip": True,
+            "three_augment": True,
             "color_jitter": 0.4,
             "erase": 0.25,
             "rand_augment_layers": 2,
@@ -58,33 +72,53 @@ VALUES: dict[str, Any] = {
         "window_chunks": 4,
     },
     "optim": {
+        "optimizer": "adamw",
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
+        "momentum": 0.8,
         "beta1": 0.8,
         "beta2": 0.9,
+        "epsilon": 1e-6,
         "clip_norm": 2.0,
+        "layer_decay": 0.8,
+        "schedule": "cosine",
         "warmup_images": 10,
+        "decay_images": 900,
+        "timescale_images": 1000,
+        "cooldown_images": 100,
         "final_learning_rate": 1e-5,
+        "loss": "softmax",
         "label_smoothing": 0.1,
+        "ema_images": 500,
     },
     "train": {
         "images": 1000,
         "global_batch_size": 64,
+        "precision": "bfloat16",
         "eval_every_images": 100,
         "checkpoint_every_images": 100,
         "log_every_images": 100,
+        "probe_images": 8,
     },
     "init": {
         "manifest": "file:///runs/a/checkpoints/1-0/MANIFEST.json",
         "digest": "d" * 64,
         "new_head": False,
+        "resampling": "timm-bicubic",
         "parent": "toy/1",
     },
+    "fork": None,
     "compute": {
         "workers": 2,
         "cpus_per_worker": 1,
         "gpus_per_worker": 0,
+        "shard_workers": 1,
         "microbatch_size": 8,
+        "activation_checkpointing": "none",
+        "compile": False,
+        "deterministic": True,
+        "profile_steps": 3,
+        "peak_tflops": 100.0,
         "prefetch_batches": 4,
         "readers": 2,
         "prefetch_bytes": 1 << 20,
@@ -100,6 +134,16 @@ OTHER: dict[str, Any] = {
     "model.image_size": 16,
     "model.patch_size": 4,
     "model.channels": 3,
+    "model.pool": "map",
+    "model.positions": "sincos2d",
+    "model.activation": "gelu_tanh",
+    "optim.optimizer": "sgd",
+    "optim.schedule": "linear",
+    "optim.loss": "sigmoid",
+    "train.precision": "float32",
+    "init.resampling": "bicubic",
+    "compute.shard_workers": 2,
+    "compute.activation_checkpointing": "full",
     "data.lanes": 4,
     "train.global_batch_size": 128,
 }
@@ -118,6 +162,13 @@ NO_MATTER = {
     "train.eval_every_images",
     "train.checkpoint_every_images",
     "train.log_every_images",
+    "train.probe_images",
+    "compute.shard_workers",
+    "compute.activation_checkpointing",
+    "compute.compile",
+    "compute.deterministic",
+    "compute.profile_steps",
+    "compute.peak_tflops",
     "compute.workers",
     "compute.cpus_per_worker",
     "compute.gpus_per_worker",
@@ -167,7 +218,9 @@ def message(values: dict[str, Any]) -> str:
 def test_all_fields_are_covered_here() -> None:
     config = make_config(VALUES)
     assert config.model_dump(mode="json") == VALUES
-    assert leaves(VALUES).keys() == fields(RunConfig)
+    forks = {name for name in fields(RunConfig) if name.startswith("fork.")}
+    assert leaves(VALUES).keys() == fields(RunConfig) - forks | {"fork"}
+    assert forks == {"fork.manifest", "fork.digest", "fork.parent"}
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> set[str]:
@@ -181,7 +234,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(leaves(VALUES).keys() - {"data.mix"}))
+@pytest.mark.parametrize("path", sorted(leaves(VALUES).keys() - {"data.mix", "fork"}))
 def test_the_digest_is_of_all_that_changes_the_result_and_of_nothing_else(path: str) -> None:
     before = make_config(VALUES)
     values = changed(path, another(path))
@@ -199,6 +252,18 @@ def test_nothing_is_a_value_too(path: str) -> None:
     without = make_config(changed(path, None))
     assert (without.digest == make_config(VALUES).digest) == (path in NO_MATTER)
     assert make_config({**VALUES, "init": None}).digest != make_config(VALUES).digest
+
+
+def test_a_fork_counts_by_the_digest_of_its_checkpoint() -> None:
+    def fork(**changes: str) -> RunConfig:
+        origin = {"manifest": "file:///m", "digest": "d" * 64, "parent": "toy"}
+        return make_config({**VALUES, "init": None, "fork": {**origin, **changes}})
+
+    assert fork().digest != make_config({**VALUES, "init": None}).digest
+    assert fork(manifest="s3://elsewhere/m", parent="other").digest == fork().digest
+    assert fork(digest="e" * 64).digest != fork().digest
+    with pytest.raises(ConfigError, match="init, fork: a run starts from weights, or goes on"):
+        make_config({**VALUES, "fork": fork().fork.model_dump()})
 
 
 def test_an_address_counts_while_nobody_knows_the_fingerprint() -> None:
@@ -307,7 +372,13 @@ def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("model.size", "xl", "model.size: no ViT is called 'xl'; choose one of digits-xs, digits-s,"),
+        ("model.size", "xxl", "model.size: no ViT is called 'xxl'; choose one of digits-xs, digits-s,"),
+        ("model.size", "GG", "model.size: no ViT is called 'GG'; did you mean 'G'?; choose one of"),
+        ("model.size", "B", "model.size: no ViT is called 'B'; did you mean 'b'?; choose one of"),
+        ("model.image_size", [8], "model.image_size: input should be a valid integer, got [8] or"),
+        ("model.image_size", [8, 9], "model.image_size: (8, 9) is not a multiple of model.patch_size 2"),
+        ("compute.shard_workers", 3, "compute.shard_workers 3 does not divide compute.workers 2"),
+        ("optim.cooldown_images", 2000, "optim.cooldown_images 2000 exceeds train.images 1000"),
         (
             "model.image_size",
             9,
@@ -315,7 +386,7 @@ def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant:
         ),
         ("model.image_size", 0, "model.image_size: input should be greater than 0, got 0"),
         ("model.channels", 2, "model.channels: input should be 1 or 3, got 2"),
-        ("model.family", "vti", "model.family: input should be 'vit' or 'resnet', got 'vti'"),
+        ("model.family", "vti", "model.family: input should be 'vit'"),
         ("model.patch_size", -2, "model.patch_size: input should be greater than 0, got -2"),
         ("model", 3, "model: input should be an object, got 3"),
         ("model", None, "model: input should be an object, got None"),
@@ -361,7 +432,7 @@ def test_each_wrong_field_has_a_line() -> None:
     assert message(values).splitlines() == [
         "seed: input should be a valid integer, got 'x'",
         "train: missing",
-        "zzz: unknown field; known: name, seed, model, data, optim, train, init, compute",
+        "zzz: unknown field; known: name, seed, model, data, optim, train, init, fork, compute",
     ]
 
 
