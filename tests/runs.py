@@ -17,7 +17,7 @@ from workers.config import RunConfig, make_config
 from workers.config_text import override
 from workers.storage import Store, open_store
 from workers.training import loop
-from workers.training.checkpoint import STATE, Manifest, object_name, read_manifest
+from workers.training.checkpoint import AVERAGE, STATE, Manifest, object_name, read_manifest
 from workers.training.commits import CommitLog
 from workers.training.metrics import EventReader
 
@@ -134,14 +134,17 @@ def outcome(run_url: str) -> dict[str, Any]:
 
 
 def tensors(run_url: str, manifest: Manifest) -> dict[str, torch.Tensor]:
-    """Parameters and moments as the manifest names them, whole, by plain safetensors."""
+    """Parameters, moments and averages as the manifest names them, whole, by plain safetensors."""
     store = open_store(run_url)
     read: dict[str, list[dict[str, torch.Tensor]]] = {}
-    for kind in ("model", "optimizer"):
-        keys = [object_name(kind, rank, manifest.world_size) for rank in range(manifest.world_size)]
+    prefixes = {STATE: "optimizer", AVERAGE: "average"}
+    for kind in ("model", *prefixes.values()):
+        keys = [object_name(kind, rank, manifest.num_shards) for rank in range(manifest.num_shards)]
+        if keys[0] not in manifest.objects:
+            continue
         read[kind] = [safetensors.torch.load(store.read(f"{manifest.directory}/{key}")) for key in keys]
     return {
-        name: torch.cat([rank[name] for rank in read["optimizer" if name.startswith(STATE) else "model"]])
+        name: torch.cat([rank[name] for rank in read[prefixes.get(f"{name.partition('.')[0]}.", "model")]])
         for name in manifest.shapes
     }
 

@@ -80,6 +80,9 @@ class TrainState:
         try:
             store, manifest = checkpoint.open_manifest(origin.manifest, origin.digest)
             self._check_sources(manifest)
+            theirs, ours = manifest.config["optim"]["optimizer"], self.config.optim.optimizer
+            if theirs != ours:
+                raise CheckpointError(f"its moments are of {theirs}, not {ours}; keep optim.optimizer")
             checkpoint.load_into(store, manifest, self.training, self.place)
         except (CheckpointError, DataError) as error:
             problem = f"fork of {origin.parent}: {error}"
