@@ -2,11 +2,17 @@ import math
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
+from tests.distributed import on_ranks
+from workers.config import ComputeConfig
 from workers.errors import ConfigError
 from workers.models import build_model
+from workers.models.bit import BiT
 from workers.models.positions import sincos2d
+from workers.models.resnet_sizes import BiTSize
+from workers.training.parallel import parallelize
 
 VIT = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10}
 SIZES = {"vit": "digits-xs", "resnet": "8", "bit": "r50x1", "hybrid": "r26-digits-xs"}
@@ -201,3 +207,33 @@ def test_resnet_of_20_layers_has_19_convolutions_and_a_head():
 def test_build_refuses_and_names_the_field(family, size, changes, message):
     with pytest.raises(ConfigError, match=message):
         build_model(family, size, **{**VIT, **changes})
+
+
+def small_bit():
+    torch.manual_seed(3)
+    return scramble(BiT(BiTSize(blocks=(1, 2)), channels=3, num_classes=4))
+
+
+def loss_of(model):
+    return functional.cross_entropy(model(5 * wave((4, 3, 32, 32), 0.37)), torch.arange(4))
+
+
+def sharded_gradients():
+    compute = ComputeConfig(workers=2, activation_checkpointing="selective")
+    model = parallelize(small_bit(), compute, "float32", torch.device("cpu"))
+    loss = loss_of(model)
+    loss.backward()
+    sharded = [isinstance(block, FSDPModule) for block in model.blocks]
+    gradients = {name: value.grad.full_tensor().numpy() for name, value in model.named_parameters()}
+    return sharded, float(loss.detach()), gradients
+
+
+def test_bit_is_sharded_block_by_block():
+    model = small_bit()
+    loss = loss_of(model)
+    loss.backward()
+    for sharded, sharded_loss, gradients in on_ranks(2, sharded_gradients):
+        assert sharded == [True] * 3
+        assert sharded_loss == pytest.approx(float(loss.detach()), rel=1e-5)
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(torch.from_numpy(gradients[name]), value.grad, rtol=1e-3, atol=1e-5)

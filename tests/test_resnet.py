@@ -82,6 +82,7 @@ def test_bit_blocks_are_all_of_its_bottlenecks_in_order():
     size = RESNET_SIZES["r50x1"]
     with torch.device("meta"):
         model = build_model("resnet", "r50x1", image_size=64, patch_size=16, channels=3, num_classes=2)
+    assert isinstance(model.blocks, torch.nn.ModuleList)
     names = [f"stages.{stage}.blocks.{n}" for stage, count in enumerate(size.blocks) for n in range(count)]
     assert [id(block) for block in model.blocks] == [id(model.get_submodule(name)) for name in names]
 

@@ -82,8 +82,8 @@ class ConvHead(nn.Module):
         self.fc = nn.Conv2d(features, num_classes, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        logits_BK: Tensor = self.fc(x_BCHW.mean(dim=(2, 3), keepdim=True)).flatten(1)
-        return logits_BK
+        # As a matrix product: of a flattened map, which is a view, FSDP warns.
+        return functional.linear(x_BCHW.mean(dim=(2, 3)), self.fc.weight.flatten(1), self.fc.bias)
 
 
 class BiT(nn.Module):
@@ -101,9 +101,11 @@ class BiT(nn.Module):
         self.init_weights()
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """Of all stages, in order."""
-        return [module for module in self.stages.modules() if isinstance(module, PreActBottleneck)]
+    def blocks(self) -> nn.ModuleList:
+        """Of all stages, in order; a list of its own, so that names stay timm's."""
+        return nn.ModuleList(
+            module for module in self.stages.modules() if isinstance(module, PreActBottleneck)
+        )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BCHW = self.stages(self.stem(images_BCHW))
