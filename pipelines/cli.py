@@ -342,7 +342,8 @@ def models(
         return
     table = Table("model", "version", "aliases", "pixels", "val accuracy", "parent", "run", box=None)
     for version, row in zip(versions, rows, strict=True):
-        accuracy = f"{version.metrics.get('val_accuracy', float('nan')):.2%}"
+        measured = version.metrics.get("val_accuracy")
+        accuracy = "" if measured is None else f"{measured:.2%}"
         aliases = ", ".join(row["aliases"])
         table.add_row(
             version.model,
