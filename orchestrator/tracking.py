@@ -8,6 +8,7 @@ time, step and value), so draining from the start again is harmless.
 import contextlib
 import http.client
 import logging
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -32,7 +33,7 @@ BATCH = 1000
 ALIVE_SECONDS = 10.0
 DRAIN_SECONDS = 2.0
 RUN_TAG = "vitscale.run"
-KINDS = ("metrics", "confusion", "epoch", "bad_samples", "evaluation")
+KINDS = ("metrics", "confusion", "epoch", "bad_samples", "evaluation", "probe")
 """Of events that are sent."""
 MAX_PARAM = 500
 
@@ -190,9 +191,11 @@ class Drain:
         self._reader = EventReader(store)
         self._waiting: list[dict[str, Any]] = []
         self._points: list[Metric] = []
-        """Covered and not sent yet; so are the tables."""
+        """Covered and not sent yet; so are the tables and the probes."""
         self._tables: dict[str, Any] = {}
         """By the file's name."""
+        self._probes: dict[int, Mapping[str, Any]] = {}
+        """By images seen."""
 
     def step(self, committed: int = 0) -> None:
         """Read what is new, send what a commit covers; after an error of MLflow call again for the rest.
@@ -215,6 +218,19 @@ class Drain:
             name, table = next(iter(self._tables.items()))
             client.log_dict(self._run_id, table, name)
             del self._tables[name]
+        while self._probes:
+            images_seen, values = next(iter(self._probes.items()))
+            self._send_probes(images_seen, values)
+            del self._probes[images_seen]
+
+    def _send_probes(self, images_seen: int, values: Mapping[str, Any]) -> None:
+        """`probes/<images seen>.json` and the figures in `probes/<images seen>/`; again they are the same."""
+        # On use: matplotlib takes a second, and many runs have no probes.
+        from orchestrator.figures import write_checkpoint
+
+        with tempfile.TemporaryDirectory(prefix="vitscale-probes-") as folder:
+            write_checkpoint(Path(folder), f"{images_seen:012d}", values)
+            self._tracking.client.log_artifacts(self._run_id, folder, "probes")
 
     def _cover(self, images_seen: int) -> None:
         for event in self._waiting:
@@ -237,6 +253,11 @@ class Drain:
             values = {f"bad_samples_{event['of']}": len(event["samples"])}
         elif event["kind"] == "epoch":
             values = {f"epochs_proved_{event['source']}": event["epoch"] + 1}
+        elif event["kind"] == "probe":
+            from workers.probes.result import Probes  # on use: it brings torch
+
+            self._probes[event["images_seen"]] = event["probes"]
+            values = Probes.from_json(event["probes"]).summary()
         time_ms = int(event["time"] * 1000)
         self._points += [Metric(name, value, time_ms, event["images_seen"]) for name, value in values.items()]
 

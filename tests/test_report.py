@@ -25,12 +25,13 @@ from pipelines.report import (
     render,
 )
 from pipelines.report.charts import WIDTH, Axis, Series, chart, count, percent, scientific
-from pipelines.report.learned import uniform_distance
+from pipelines.report.learned import learned_section
 from pipelines.report.page import duration
 from pipelines.report.pictures import VIRIDIS, example, filter_pictures, similarity_mosaic, viridis
 from pipelines.report.results import comparison
 from pipelines.report.study import verdict_sentence
 from pipelines.scaling.laws import error_rate, fit_power_law
+from workers.probes import uniform_distance
 
 CLASSES = tuple(f"digit {k}" for k in range(10))
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -82,6 +83,7 @@ def probe(name, grid):
         name=name,
         image_size=2 * grid,
         patch_size=2,
+        grid=(grid, grid),
         patch_filters=rng.normal(size=(3, 1, 2, 2)),
         position_similarity=np.eye(grid**2).reshape(grid, grid, grid, grid),
         attention_distance=rng.uniform(0, 2 * grid, (4, 3)),
@@ -425,6 +427,13 @@ def test_large_examples_are_shrunk_and_small_ones_kept():
     assert pixels(example(np.zeros((512, 256, 3), np.uint8))).shape == (128, 64, 3)
 
 
+def test_rotary_positions_are_named_where_similarities_would_be():
+    rotary = dataclasses.replace(probe("rotary", 4), position_similarity=None)
+    section = learned_section((rotary, probe("learned", 4)))
+    assert section.count("positions are rotary") == 1
+    assert section.count('class="positions"') == 1
+
+
 def test_uniform_distance_by_hand():
     # Of 2 x 2 patches, each is 0, 1, 1 and sqrt(2) patches from the four.
-    assert uniform_distance(probe("p", 2)) == pytest.approx(2 * (2 + math.sqrt(2)) / 4)
+    assert uniform_distance((2, 2), 2) == pytest.approx(2 * (2 + math.sqrt(2)) / 4)

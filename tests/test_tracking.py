@@ -1,11 +1,13 @@
 """What MLflow gets of a run: each point of the committed lineage once, whatever died meanwhile."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import Metric
@@ -17,6 +19,8 @@ from tests.test_config import VALUES, changed
 from tests.test_events import MemoryStore
 from workers.config import make_config
 from workers.errors import DataError
+from workers.models import build_model
+from workers.probes import Probes, probe
 from workers.training.metrics import EventWriter, lease_key
 
 Point = tuple[str, int, float, int]
@@ -24,12 +28,14 @@ Point = tuple[str, int, float, int]
 
 
 class FakeMlflow:
-    """The two calls that a drain makes."""
+    """The calls that a drain makes."""
 
     def __init__(self) -> None:
         self.points: list[Point] = []
         self.tables: list[dict[str, Any]] = []
         self.files: list[str] = []
+        self.artifacts: dict[str, bytes] = {}
+        """Of probes, by name."""
         self.batches: list[int] = []
         self.outages = 0
         """So many calls fail."""
@@ -50,6 +56,16 @@ class FakeMlflow:
         assert run_id == "run-id"
         self.files.append(artifact_file)
         self.tables.append(dictionary)
+
+    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str) -> None:
+        self._up()
+        assert run_id == "run-id"
+        folder = Path(local_dir)
+        self.artifacts |= {
+            f"{artifact_path}/{path.relative_to(folder)}": path.read_bytes()
+            for path in folder.rglob("*.*")
+            if path.is_file()
+        }
 
     @property
     def curve(self) -> list[tuple[int, float]]:
@@ -226,6 +242,93 @@ def test_a_drain_that_starts_anew_sends_the_very_same_points(mlflow: FakeMlflow,
     make_drain(mlflow, store).step()
     assert mlflow.points == once * 2
     assert all(isinstance(time, int) for _, _, _, time in once)
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[dict[str, Any]]:
+    """Of two models."""
+    torch.manual_seed(0)
+    shape = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 2}
+    models = [build_model("vit", "digits-xs", **shape).eval() for _ in range(2)]
+    return [probe(model, torch.randn(2, 1, 8, 8)).to_json() for model in models]
+
+
+def probe_event(writer: EventWriter, images: int, probes: dict[str, Any]) -> None:
+    writer.write("probe", images, probes=probes)
+    writer.flush()
+
+
+FIGURES = ["distance.png", "filters.png", "growth.png", "positions.png"]
+
+
+def test_probes_become_points_json_and_figures_of_their_checkpoint(
+    mlflow: FakeMlflow, store: MemoryStore, probes: list[dict[str, Any]]
+) -> None:
+    drain = make_drain(mlflow, store)
+    writer = start(store, 0, 0)
+    for images, found in zip((10, 20), probes, strict=True):
+        probe_event(writer, images, found)
+        drain.step()
+        assert f"probes/{images:012d}.json" not in mlflow.artifacts  # no commit covers it yet
+        commit(writer, images)
+        drain.step()
+    names = [f"{images:012d}" for images in (10, 20)]
+    assert sorted(mlflow.artifacts) == sorted(
+        [f"probes/{name}.json" for name in names]
+        + [f"probes/{n}/{figure}" for n in names for figure in FIGURES]
+    )
+    for name, found in zip(names, probes, strict=True):
+        assert json.loads(mlflow.artifacts[f"probes/{name}.json"]) == found
+    assert all(data.startswith(b"\x89PNG") for name, data in mlflow.artifacts.items() if name.endswith(".png"))
+    sent = {(name, step): value for name, step, value, _ in mlflow.points}
+    assert len(sent) == 2 * len(Probes.from_json(probes[0]).summary())
+    assert sent["attention_distance/block_02", 20] == pytest.approx(
+        Probes.from_json(probes[1]).attention_distance[2].mean()
+    )
+
+
+def test_probes_that_are_computed_again_replace_those_that_no_commit_covered(
+    mlflow: FakeMlflow, store: MemoryStore, probes: list[dict[str, Any]]
+) -> None:
+    drain = make_drain(mlflow, store)
+    probe_event(start(store, 0, 0), 10, probes[0])
+    drain.step()
+    writer = start(store, 1, 0)
+    probe_event(writer, 10, probes[1])
+    commit(writer, 10)
+    drain.step()
+    assert json.loads(mlflow.artifacts["probes/000000000010.json"]) == probes[1]
+    assert len(mlflow.points) == len(Probes.from_json(probes[1]).summary())
+
+
+def test_probes_sent_again_are_the_very_same_files(
+    mlflow: FakeMlflow, store: MemoryStore, probes: list[dict[str, Any]]
+) -> None:
+    """Also after an outage in the middle."""
+    writer = start(store, 0, 0)
+    probe_event(writer, 10, probes[0])
+    commit(writer, 10)
+    drain = make_drain(mlflow, store)
+    mlflow.outages = 1
+    with pytest.raises(MlflowException):
+        drain.step()
+    drain.step()
+    once, points = dict(mlflow.artifacts), list(mlflow.points)
+    assert len(once) == 5
+    make_drain(mlflow, store).step()
+    assert mlflow.artifacts == once
+    assert mlflow.points == points * 2
+
+
+def test_probes_of_a_diverged_model_are_kept_without_figures(
+    mlflow: FakeMlflow, store: MemoryStore, probes: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = start(store, 0, 0)
+    probe_event(writer, 10, {**probes[0], "residual_norm": [1.0, float("inf"), float("nan")]})
+    commit(writer, 10)
+    make_drain(mlflow, store).step()
+    assert list(mlflow.artifacts) == ["probes/000000000010.json"]
+    assert "not finite" in caplog.text
 
 
 Attempt = tuple[list[bool], bool]

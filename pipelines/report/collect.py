@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from orchestrator.registry import Version
@@ -13,8 +12,6 @@ from pipelines.scaling.ladder import RungResult
 from workers import probes
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
-from workers.data.quarantine import Ledger
-from workers.data.stream import validation_batches
 from workers.models.sizes import image_shape
 from workers.models.vit import VisionTransformer
 from workers.storage import join_url, open_store
@@ -25,6 +22,8 @@ from workers.training.restore import load_model
 PROBE_IMAGES = 128
 """As many as Dosovitskiy et al. 2021, figure 11, average attention distances over."""
 EXAMPLES = 10
+EXAMPLE_IMAGES = 256
+"""Among so many there is one of most classes."""
 
 
 def collect_curve(site: Site, version: Version, name: str) -> Curve:
@@ -57,7 +56,7 @@ def collect_score(version: Version, name: str) -> Score:
 def collect_dataset(name: str, config: RunConfig) -> Dataset:
     """With an example per class, as the model sees it."""
     validation = DatasetIndex.open(config.data.validation_url)
-    images, labels = _validation_images(validation, config)
+    images, labels = probes.first_images(validation, config.model, EXAMPLE_IMAGES)
     examples = []
     for label in range(min(EXAMPLES, len(validation.classes))):
         for image in images[labels == label][:1]:
@@ -75,16 +74,16 @@ def collect_probe(version: Version, config: RunConfig, name: str) -> Probe:
     """What a registered ViT learned; attention distances over the first validation images."""
     model, _ = load_model(version.manifest, version.digest)
     assert isinstance(model, VisionTransformer), version.label
-    images, _ = _validation_images(DatasetIndex.open(config.data.validation_url), config)
+    validation = DatasetIndex.open(config.data.validation_url)
+    images, _ = probes.first_images(validation, config.model, PROBE_IMAGES)
     return Probe(
         name=name,
         image_size=max(config.model.image_shape),
         patch_size=config.model.patch_size,
-        patch_filters=probes.patch_filters(model).astype(np.float64),
-        position_similarity=probes.position_similarity(model).astype(np.float64),
-        attention_distance=probes.attention_distance(model, normalize(images[:PROBE_IMAGES])).astype(
-            np.float64
-        ),
+        grid=model.spec.grid,
+        patch_filters=probes.patch_filters(model),
+        position_similarity=probes.position_similarity(model),
+        attention_distance=probes.measure_attention(model, normalize(images)).distance,
     )
 
 
@@ -104,24 +103,6 @@ def collect_rung(result: RungResult, page: str | None) -> Rung:
         run=config.run,
         url=page,
     )
-
-
-def _validation_images(index: DatasetIndex, config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first 256 of them, uint8 (n, C, H, W), and their labels."""
-    batch = next(
-        validation_batches(
-            index,
-            batch_size=min(256, index.num_samples),
-            rank=0,
-            world_size=1,
-            image_size=config.model.image_size,
-            channels=config.model.channels,
-            ledger=Ledger(index.num_samples, config.data.max_bad_fraction),
-            prefetch=1,
-        )
-    )
-    used = batch.weights > 0
-    return batch.images[used], batch.labels[used]
 
 
 def _metrics(site: Site, run: str) -> list[tuple[int, dict[str, float]]]:

@@ -61,11 +61,14 @@ class Probe:
 
     name: str
     image_size: int
+    """Of the longer side."""
     patch_size: int
+    grid: tuple[int, int]
+    """(height, width) of the patches."""
     patch_filters: NDArray[np.float64]
     """(K, C, p, p)."""
-    position_similarity: NDArray[np.float64]
-    """(h, w, h, w), cosines."""
+    position_similarity: NDArray[np.float64] | None
+    """(h, w, h, w), cosines; None of rotary positions."""
     attention_distance: NDArray[np.float64]
     """(depth, heads), in pixels."""
 

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
-import numpy as np
-
 from pipelines.report.charts import Axis, Series, chart, legend
 from pipelines.report.journey import Probe
 from pipelines.report.markup import details_table, figure
 from pipelines.report.pictures import filter_pictures, gradient, similarity_mosaic
+from workers.probes import uniform_distance
 
 
 def learned_section(probes: Sequence[Probe]) -> str:
@@ -59,6 +58,8 @@ def _filters(probe: Probe) -> str:
 
 
 def _positions(probe: Probe) -> str:
+    if probe.position_similarity is None:
+        return "<p>Its positions are rotary: they turn queries and keys, and no patch has an embedding.</p>"
     uri, rows, columns, stride = similarity_mosaic(probe.position_similarity)
     height, width = probe.position_similarity.shape[:2]
     shown = "" if stride == 1 else f", one position in {stride} along each side of {height} by {width}"
@@ -95,7 +96,7 @@ def _distances(probe: Probe) -> str:
         tone=tone,
         line="solid",
     )
-    uniform = uniform_distance(probe)
+    uniform = uniform_distance(probe.grid, probe.patch_size)
     alike = Series(
         name=f"everywhere alike ({uniform:.1f} px)",
         x=[0.5, depth + 0.5],
@@ -124,14 +125,6 @@ def _distance_table(probes: Sequence[Probe]) -> str:
         for block, heads in enumerate(probe.attention_distance.tolist(), start=1)
     ]
     return details_table("Distances in pixels", ["Model", "Block", "Heads, nearest first"], rows)
-
-
-def uniform_distance(probe: Probe) -> float:
-    """Mean distance in pixels between all pairs of patches, each with itself included."""
-    height, width = probe.position_similarity.shape[:2]
-    rows, columns = (np.subtract.outer(np.arange(n), np.arange(n)) for n in (height, width))
-    pairs = np.hypot(rows[:, None, :, None], columns[None, :, None, :])
-    return float(pairs.mean()) * probe.patch_size
 
 
 def _whole(value: float) -> str:

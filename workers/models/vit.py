@@ -195,11 +195,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_BCHW: Tensor, keep: Tensor | None = None) -> Tensor:
         """`keep` (depth, 2, B): see `Block`; None keeps all."""
-        # A wrong size with the right number of tokens would give wrong positions without any error.
-        if images_BCHW.shape[-2:] != self.spec.image_size:
-            raise ValueError(f"model for images of {self.spec.image_size}, given {tuple(images_BCHW.shape)}")
         x_BND = self.embed(images_BCHW)
-        rotary = self._rotary(x_BND)
+        rotary = self.rotary(x_BND)
         for index, block in enumerate(self.blocks):
             x_BND = block(x_BND, rotary, None if keep is None else keep[index])
         logits_BK: Tensor = self.head(self.features(x_BND))
@@ -207,6 +204,9 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """(B, N, D): what the first block sees."""
+        # A wrong size with the right number of tokens would give wrong positions without any error.
+        if images_BCHW.shape[-2:] != self.spec.image_size:
+            raise ValueError(f"model for images of {self.spec.image_size}, given {tuple(images_BCHW.shape)}")
         x_BND: Tensor = self.patch_embed(images_BCHW)
         spec, batch = self.spec, x_BND.shape[0]
         prefix = [self.cls_token.expand(batch, -1, -1)] if spec.pool == "cls" else []
@@ -234,7 +234,8 @@ class VisionTransformer(nn.Module):
         features_BD: Tensor = self.pre_logits(pooled_BD) if spec.hidden_head else pooled_BD
         return features_BD
 
-    def _rotary(self, x_BND: Tensor) -> Rotary | None:
+    def rotary(self, x_BND: Tensor) -> Rotary | None:
+        """What every block is given beside the tokens."""
         spec = self.spec
         if spec.positions != "rope":
             return None
