@@ -7,6 +7,7 @@ of Okabe and Ito 2008, shades of viridis and inferno: all can be told apart by t
 import io
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def draw_distance(probes: Probes) -> Figure:
         axes.set(
             ylabel=f"attention distance in pixels, of {_size(probes)}",
             title="How far heads look",
-            ylim=(0, 1.08 * max(alike, float(probes.attention_distance.max()))),
+            ylim=(0, _above(max(alike, float(probes.attention_distance.max())))),
         )
         _below(axes, legend_columns=3)
     return figure
@@ -153,7 +154,7 @@ def draw_growth(probes: Probes) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.0, 4.0), layout="constrained")
         entropy, logits, norms = figure.subplots(1, 3)
-        most = float((probes.attention_entropy / probes.relative_entropy.clip(min=1e-9)).max())
+        most = math.log(probes.num_tokens)
         _heads(entropy, probes.attention_entropy, "a head")
         _blocks(entropy, probes.attention_entropy.mean(axis=1), "mean of the block")
         entropy.axhline(
@@ -163,7 +164,7 @@ def draw_growth(probes: Probes) -> Figure:
             linewidth=1.2,
             label=f"everywhere alike, log {probes.num_tokens}",
         )
-        entropy.set(ylabel="nats", title="Attention entropy", ylim=(0, 1.08 * most))
+        entropy.set(ylabel="nats", title="Attention entropy", ylim=(0, _above(most)))
         _heads(logits, probes.attention_logit_max, "largest of a head")
         _blocks(logits, probes.attention_logit_max.max(axis=1), "largest of the block")
         rms = (probes.attention_logit_rms**2).mean(axis=1) ** 0.5
@@ -175,9 +176,7 @@ def draw_growth(probes: Probes) -> Figure:
             logits.yaxis.set_major_formatter("{x:g}")
             logits.yaxis.set_minor_locator(NullLocator())
         _blocks(norms, probes.residual_norm, "mean of all tokens")
-        norms.set(
-            title="Length of the residual stream", ylim=(0, 1.1 * float(probes.residual_norm.max()) or 1)
-        )
+        norms.set(title="Length of the residual stream", ylim=(0, _above(float(probes.residual_norm.max()))))
         for axes in (entropy, logits, norms):
             _below(axes, legend_columns=2)
     return figure
@@ -256,6 +255,8 @@ def _save(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, **options)
+    # The places that it found stay, and a second format need not look for them again.
+    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
@@ -301,6 +302,11 @@ def _below(axes: Axes, legend_columns: int) -> None:
         columnspacing=1.2,
         handlelength=1.6,
     )
+
+
+def _above(value: float) -> float:
+    """The axis' end for values from zero to this one."""
+    return 1.08 * value if value > 0 else 1.0
 
 
 def _size(probes: Probes) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pipelines import data_commands
 from pipelines.evaluate_command import evaluate
+from pipelines.inspect_command import inspect
 from pipelines.terminal import AsJson, SiteFile, console, errors, open_site, progress_console
 from workers.errors import ConfigError, VitscaleError
 from workers.models.sizes import parse_size, size_text
@@ -160,6 +161,7 @@ app.command()(data_commands.index)
 app.command()(data_commands.verify)
 app.command()(data_commands.selftest)
 app.command()(evaluate)
+app.command()(inspect)
 
 
 @app.command()

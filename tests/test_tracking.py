@@ -279,7 +279,9 @@ def test_probes_become_points_json_and_figures_of_their_checkpoint(
     )
     for name, found in zip(names, probes, strict=True):
         assert json.loads(mlflow.artifacts[f"probes/{name}.json"]) == found
-    assert all(data.startswith(b"\x89PNG") for name, data in mlflow.artifacts.items() if name.endswith(".png"))
+    assert all(
+        data.startswith(b"\x89PNG") for name, data in mlflow.artifacts.items() if name.endswith(".png")
+    )
     sent = {(name, step): value for name, step, value, _ in mlflow.points}
     assert len(sent) == 2 * len(Probes.from_json(probes[0]).summary())
     assert sent["attention_distance/block_02", 20] == pytest.approx(
