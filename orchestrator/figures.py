@@ -237,7 +237,8 @@ def draw_history(history: Mapping[int, Probes]) -> Figure:
             ylabel=f"attention distance in pixels, of {_size(last)}",
             title="How far blocks look, over training",
         )
-        axes.set_ylim(bottom=0)
+        farthest = max(float(probes.attention_distance.mean(axis=1).max()) for probes in history.values())
+        axes.set_ylim(0, _above(max(alike, farthest)))
         axes.legend(loc="lower right")
         bar = figure.colorbar(
             ScalarMappable(
