@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from workers.probes.result import Floats, Probes
@@ -66,8 +67,13 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def checkpoint_figures(probes: Probes) -> dict[str, Figure]:
-    """By name, what can be drawn without the images; no `positions` where they are rotary."""
-    figures = {"filters": draw_filters(probes)}
+    """By name, what can be drawn without the images.
+
+    No `filters` of a hybrid, whose patches are features, and no `positions` where they are rotary.
+    """
+    figures: dict[str, Figure] = {}
+    if probes.patch_filters is not None:
+        figures["filters"] = draw_filters(probes)
     if probes.position_similarity is not None:
         figures["positions"] = draw_positions(probes)
     return figures | {"distance": draw_distance(probes), "growth": draw_growth(probes)}
@@ -91,6 +97,7 @@ def write_checkpoint(folder: Path, name: str, values: Mapping[str, Any]) -> None
 def draw_filters(probes: Probes) -> Figure:
     """Principal components of the patch embedding, largest first in rows of 7; zero is mid-grey."""
     filters = probes.patch_filters
+    assert filters is not None, "a hybrid's patches have no filters"
     rows = -(-len(filters) // FILTER_COLUMNS)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 0.5 + 0.85 * rows), layout="constrained")
@@ -276,6 +283,12 @@ def _tile(axes: Axes, values: Floats, row: int, column: int, **options: Any) -> 
     tall, wide = ((1 - GAP) * side / longest / 2 for side in (height, width))
     place = (column + 0.5 - wide, column + 0.5 + wide, row + 0.5 + tall, row + 0.5 - tall)
     axes.imshow(values, extent=place, interpolation="nearest", **options)
+    # White pixels end somewhere, too.
+    left, right, bottom, top = place
+    outline = Rectangle(
+        (left, top), right - left, bottom - top, fill=False, edgecolor="#c9c9c2", linewidth=0.6
+    )
+    axes.add_patch(outline)
     # imshow fits limits and aspect to its own image.
     axes.set(xlim=axes.get_xlim(), aspect="equal")
 

@@ -85,8 +85,8 @@ def inspect(
     name, url, digest = _find(site, reference)
     store, manifest = open_manifest(url, digest)
     config = make_config(manifest.config)
-    if config.model.family != "vit":
-        raise ConfigError(f"{name} is a {config.model.family}; only a ViT has attention to look at")
+    if config.model.family not in ("vit", "hybrid"):
+        raise ConfigError(f"{name} is a {config.model.family}; only ViTs and hybrids have attention")
     source = join_url(data, "val") if data else config.data.validation_url
     images = _images(source, config, num_images, given=data is not None)
     commits = _lineage(store, manifest) if history else []

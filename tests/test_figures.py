@@ -97,6 +97,11 @@ def test_each_tile_is_at_its_patch(probes: Probes) -> None:
         np.testing.assert_array_equal(np.asarray(image.get_array()), probes.position_similarity[row, column])
 
 
+def test_a_hybrid_has_no_filters_to_draw(probes: Probes) -> None:
+    hybrid = dataclasses.replace(probes, patch_filters=None)
+    assert list(checkpoint_figures(hybrid)) == ["positions", "distance", "growth"]
+
+
 def test_rotary_positions_have_no_figure() -> None:
     rotary = make_probes(positions="rope")
     assert list(checkpoint_figures(rotary)) == ["filters", "distance", "growth"]

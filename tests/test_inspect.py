@@ -165,7 +165,7 @@ def test_a_resnet_is_refused(digits_url: str, tmp_path: Path) -> None:
     url = (tmp_path / "run").as_uri()
     loop.train(config, url, CPU)
     manifest = join_url(url, CommitLog(open_store(url)).head().manifest)
-    with pytest.raises(ConfigError, match="only a ViT has attention"):
+    with pytest.raises(ConfigError, match="only ViTs and hybrids have attention"):
         inspect(None, manifest, out=tmp_path / "out")
 
 

@@ -17,7 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import on_ranks
 from workers.models import build_model
-from workers.probes import Probes, attention, measure_attention, patch_filters, position_similarity, probe
+from workers.probes import (
+    Probes,
+    attention,
+    measure_attention,
+    patch_filters,
+    position_similarity,
+    probe,
+    uniform_distance,
+)
 from workers.probes.attention import walk_blocks
 from workers.probes.sharded import gather_model, probe_sharded
 
@@ -430,6 +438,22 @@ def test_a_sharded_model_is_probed_as_the_whole_one_in_full_precision():
     assert second is None
     found, expected = first
     assert found == expected
+
+
+def test_a_hybrid_is_probed_but_for_its_filters():
+    torch.manual_seed(0)
+    model = build_model(
+        "hybrid", "r26-digits-xs", image_size=64, patch_size=32, channels=1, num_classes=2
+    ).eval()
+    images = torch.randn(2, 1, 64, 64)
+    found = probe(model, images)
+    assert found.patch_filters is None and found.position_similarity is not None
+    assert found.uniform_distance == uniform_distance((2, 2), 32)
+    assert found.rollout.shape == (2, 2, 2)
+    *_, (_, last) = walk_blocks(model, images)
+    torch.testing.assert_close(model.head(model.features(last)), model(images))
+    assert probe_sharded(model, images).to_json() == found.to_json()
+    assert Probes.from_json(found.to_json()).patch_filters is None
 
 
 def test_a_model_that_is_not_sharded_needs_no_group():

@@ -44,6 +44,10 @@ FIGURES = {
         "model.qk_norm.",
     ),
 }
+MISSING = {
+    "filters": "Its patches are the features of a ResNet: no filter shows what they look for.",
+    "positions": "Its positions are rotary: no patch has an embedding.",
+}
 WIDE = ("rollout", "growth")
 """Over the page's whole width."""
 BLOCK_HEADER = ("block", "distance (px)", "entropy (nats)", "of log N", "largest logit", "residual norm")
@@ -59,7 +63,7 @@ def render(name: str, facts: Mapping[str, str], probes: Probes, pictures: Mappin
     drawn = {key: _picture(key, pictures[key]) for key in FIGURES if key in pictures}
     pairs = "".join(f"<div>{html}</div>" for key, html in drawn.items() if key not in WIDE)
     wide = "".join(html for key, html in drawn.items() if key in WIDE)
-    rotary = "" if "positions" in pictures else "<p>Its positions are rotary: no patch has an embedding.</p>"
+    missing = "".join(f"<p>{text}</p>" for key, text in MISSING.items() if key not in pictures)
     style = resources.files(__package__).joinpath("page.css").read_text("utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -68,7 +72,7 @@ def render(name: str, facts: Mapping[str, str], probes: Probes, pictures: Mappin
         f"<title>{escape(name)}: what it learned</title>\n<style>\n{style}{STYLE}</style>\n</head>\n"
         f'<body>\n<main>\n<header><p class="kicker">vitscale inspect</p><h1>What {escape(name)} learned</h1>'
         f"</header>\n{table(['What', 'Which'], list(facts.items()), text_columns=2)}\n"
-        f'<section><div class="pair">{pairs}</div>{rotary}{wide}{_numbers(probes)}</section>'
+        f'<section><div class="pair">{pairs}</div>{missing}{wide}{_numbers(probes)}</section>'
         "\n</main>\n</body>\n</html>\n"
     )
 

@@ -65,8 +65,8 @@ class Probe:
     patch_size: int
     grid: tuple[int, int]
     """(height, width) of the patches."""
-    patch_filters: NDArray[np.float64]
-    """(K, C, p, p)."""
+    patch_filters: NDArray[np.float64] | None
+    """(K, C, p, p); None of a hybrid."""
     position_similarity: NDArray[np.float64] | None
     """(h, w, h, w), cosines; None of rotary positions."""
     attention_distance: NDArray[np.float64]

@@ -52,6 +52,8 @@ def _row(title: str, panels: list[tuple[Probe, str]], caption: str, data: str = 
 
 
 def _filters(probe: Probe) -> str:
+    if probe.patch_filters is None:
+        return "<p>Its patches are the features of a ResNet: no filter shows what they look for.</p>"
     images = "".join(f'<img src="{uri}" alt="">' for uri in filter_pictures(probe.patch_filters))
     label = f"{len(probe.patch_filters)} principal components of the patch filters of {probe.name}"
     return f'<div class="tiles" role="img" aria-label="{escape(label)}">{images}</div>'

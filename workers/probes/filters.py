@@ -2,18 +2,22 @@
 
 import numpy as np
 
+from workers.models.hybrid import HybridTransformer
 from workers.models.vit import VisionTransformer
 from workers.probes.result import Floats
 
 FIGURE_7_FILTERS = 28
 
 
-def patch_filters(model: VisionTransformer) -> Floats:
+def patch_filters(model: VisionTransformer) -> Floats | None:
     """Principal components of the patch embedding's filters, (K, C, p, p), of unit norm, largest first.
 
     K is 28, or the rank that so many filters of that size can have. Of the two signs of a component, the
-    one whose largest value is positive. Dosovitskiy et al. 2021, figure 7 (left).
+    one whose largest value is positive. None of a hybrid, whose patches are features of a ResNet.
+    Dosovitskiy et al. 2021, figure 7 (left).
     """
+    if isinstance(model, HybridTransformer):
+        return None
     weight = model.patch_embed.proj.weight.detach().double().cpu().numpy()
     filters = weight.reshape(weight.shape[0], -1)
     centred = filters - filters.mean(axis=0)

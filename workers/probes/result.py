@@ -33,8 +33,8 @@ class Probes:
     num_tokens: int
     """N, prefix tokens included."""
     num_images: int
-    patch_filters: Floats
-    """(K, C, p, p): principal components of the patch embedding, largest first."""
+    patch_filters: Floats | None
+    """(K, C, p, p): principal components of the patch embedding, largest first; None of a hybrid."""
     position_similarity: Floats | None
     """(r, c, h, w): cosines of the position embeddings of r x c patches, evenly spread, with those of all;
     None of rotary positions."""
