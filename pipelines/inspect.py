@@ -10,17 +10,15 @@ from typing import Any
 import torch
 
 from orchestrator import figures
-from orchestrator.registry import Registry
 from orchestrator.site import Site
-from orchestrator.tracking import Tracking
-from pipelines.pretrain import EXPERIMENT
+from pipelines.evaluate import find_checkpoint
 from pipelines.report.inspection import BLOCK_HEADER, block_rows, render
-from workers.config import RunConfig, make_config
+from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.models.vit import VisionTransformer
 from workers.probes import Probes, first_images, probe
-from workers.storage import Store, join_url, open_store
+from workers.storage import Store, join_url
 from workers.training.checkpoint import Manifest, open_manifest
 from workers.training.commits import Commit, CommitLog
 from workers.training.evaluate import normalize
@@ -82,13 +80,14 @@ def inspect(
     """
     if num_images < 1:
         raise ConfigError(f"--images {num_images}: at least one is needed")
-    name, url, digest = _find(site, reference)
+    checkpoint = find_checkpoint(reference, site)
+    url, digest = checkpoint.url, checkpoint.digest
     store, manifest = open_manifest(url, digest)
-    config = make_config(manifest.config)
-    if config.model.family not in ("vit", "hybrid"):
-        raise ConfigError(f"{name} is a {config.model.family}; only ViTs and hybrids have attention")
-    source = join_url(data, "val") if data else config.data.validation_url
-    images = _images(source, config, num_images, given=data is not None)
+    name = manifest.run if checkpoint.name == url else checkpoint.name
+    if manifest.model.family not in ("vit", "hybrid"):
+        raise ConfigError(f"{name} is a {manifest.model.family}; only ViTs and hybrids have attention")
+    source = _source(manifest, data)
+    images = _images(source, manifest.model, num_images, given=data is not None)
     commits = _lineage(store, manifest) if history else []
     progress(0, 1 + len(commits))
     found = _probe(url, digest, images)
@@ -120,24 +119,14 @@ def inspect(
     return inspection
 
 
-def _find(site: Site | None, reference: str) -> tuple[str, str, str]:
-    """Name, URL of the manifest and its digest, by the registry's tags or the run's commit log."""
-    if "://" not in reference:
-        if site is None:
-            raise ConfigError(
-                f"{reference}: a registered model needs a site; run `vitscale up` or name --site"
-            )
-        version = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs).resolve(reference)
-        return version.label, version.manifest, version.digest
-    root, marker, rest = reference.partition("/checkpoints/")
-    if not marker:
-        raise ConfigError(f"{reference} is not the URL of a checkpoint's MANIFEST.json")
-    for commit in _commits(open_store(root)):
-        if commit.manifest == f"checkpoints/{rest}":
-            return root.rpartition("/")[2], reference, commit.digest
-    raise CheckpointError(
-        f"{reference}: no commit of its run counts it; `commits/` beside `checkpoints/` names those that do"
-    )
+def _source(manifest: Manifest, data: str | None) -> str:
+    """URL of the validation images."""
+    if data:
+        return join_url(data, "val")
+    config = manifest.run_config
+    if config is None:
+        raise ConfigError(f"{manifest.run} was imported, with no data of its own: give --data URL")
+    return config.data.validation_url
 
 
 def _commits(store: Store) -> list[Commit]:
@@ -152,10 +141,10 @@ def _lineage(store: Store, manifest: Manifest) -> list[Commit]:
     return [commit for commit in _commits(store) if commit.images_seen <= manifest.images_seen]
 
 
-def _images(source: str, config: RunConfig, count: int, *, given: bool) -> torch.Tensor:
+def _images(source: str, model: ModelConfig, count: int, *, given: bool) -> torch.Tensor:
     """uint8 (B, C, H, W)."""
     try:
-        images, _ = first_images(DatasetIndex.open(source), config.model, count)
+        images, _ = first_images(DatasetIndex.open(source), model, count)
     except DataError as error:
         hint = "" if given else "; name a data set that is there: --data URL, the root that `ingest` wrote"
         raise DataError(f"no validation images to look at: {error}{hint}") from None
@@ -165,7 +154,8 @@ def _images(source: str, config: RunConfig, count: int, *, given: bool) -> torch
 def _probe(url: str, digest: str, images: torch.Tensor) -> Probes:
     model, _ = load_model(url, digest)
     assert isinstance(model, VisionTransformer)
-    return probe(model, normalize(images))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return probe(model.to(device), normalize(images.to(device)))
 
 
 def _write(inspection: Inspection, images: torch.Tensor, folder: Path) -> None:

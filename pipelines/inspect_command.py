@@ -24,7 +24,7 @@ def inspect(
     ] = None,
     images: Annotated[int, typer.Option(help="So many validation images are looked at.")] = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for figures and page. Default: inspect-MODEL-VERSION.")
+        Path | None, typer.Option(help="Folder for figures and page. Default: inspect- and its name.")
     ] = None,
     history: Annotated[
         bool, typer.Option("--history", help="Also every earlier checkpoint of the run, as one figure.")

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import pipelines.inspect as stage
+from orchestrator import tracking
 from orchestrator.job import run_url
 from orchestrator.registry import Registry
 from orchestrator.site import Site
@@ -25,7 +26,8 @@ from workers.data.index import DatasetIndex
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.probes import Probes, first_images, measure_attention
 from workers.storage import join_url, open_store
-from workers.training import loop
+from workers.training import checkpoint, loop
+from workers.training.checkpoint import Manifest
 from workers.training.commits import CommitLog
 from workers.training.evaluate import normalize
 from workers.training.restore import load_model
@@ -137,21 +139,30 @@ def test_a_checkpoint_that_is_gone_is_told_and_left_out(
         inspect(None, urls[-1], num_images=4, out=tmp_path / "out")
 
 
-def test_a_manifest_that_no_commit_counts_is_refused(manifests: list[str], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no commit"):
+def test_what_is_no_checkpoint_is_told(manifests: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="MANIFEST"):
         inspect(None, manifests[0].replace("/checkpoints/", "/checkpoints/x"), out=tmp_path)
-    with pytest.raises(ConfigError, match=r"not the URL of a checkpoint's MANIFEST\.json"):
+    with pytest.raises(ConfigError, match=r"the URL of a MANIFEST\.json"):
         inspect(None, "file:///somewhere/else.json", out=tmp_path)
 
 
 def test_data_that_is_gone_is_told_with_what_to_do(
     manifests: list[str], digits_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
 ) -> None:
-    monkeypatch.setattr(stage, "make_config", lambda values: moved(values, tmp_path))
+    monkeypatch.setattr(checkpoint, "make_config", lambda values: moved(values, tmp_path))
     with pytest.raises(DataError, match="--data URL"):
         inspect(None, manifests[0], num_images=4, out=tmp_path / "out")
     found = inspect(None, manifests[0], num_images=4, out=tmp_path / "out", data=digits_url)
     assert found.data == join_url(digits_url, "val")
+
+
+def test_imported_weights_need_data_to_look_at(
+    manifests: list[str], digits_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
+) -> None:
+    monkeypatch.setattr(Manifest, "run_config", None)
+    with pytest.raises(ConfigError, match="was imported, with no data of its own: give --data URL"):
+        inspect(None, manifests[0], out=tmp_path)
+    assert inspect(None, manifests[0], num_images=2, out=tmp_path, data=digits_url).probes.num_images == 2
 
 
 def moved(values: dict, folder: Path) -> RunConfig:
@@ -175,7 +186,7 @@ def test_the_command_prints_a_row_per_block_and_names_the_page(
     """By the registered name."""
     client = FakeMlflow()
     version = Registry(client, runs).register("digits", config, "run-id")
-    monkeypatch.setattr(stage, "Tracking", lambda uri, experiment: SimpleNamespace(client=client))
+    monkeypatch.setattr(tracking, "Tracking", lambda uri, experiment: SimpleNamespace(client=client))
     site = tmp_path / "site.yaml"
     Site(ray="http://127.0.0.1:1", mlflow="http://127.0.0.1:1", data="file:///nowhere", runs=runs).save(site)
     for name in Site.load(site).environment():
