@@ -16,6 +16,8 @@ for _name in ("nms", "qnms"):
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import timm
+    import timm.loss
+    import timm.optim
     import transformers
 
 __all__ = ["timm", "transformers"]

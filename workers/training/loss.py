@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,12 +15,13 @@ def per_image_loss(logits: Tensor, targets: Tensor, config: OptimConfig) -> Tens
     2006.07159; big_vision's `sigmoid_xent`). Label smoothing s, in both: targets become (1 - s) of themselves
     plus s / K for each class (Szegedy et al. 2016, section 7; timm's BinaryCrossEntropy).
     """
-    logits, smoothing = logits.float(), config.label_smoothing
+    logits, smoothing, num_classes = logits.float(), config.label_smoothing, logits.shape[1]
+    if targets.ndim == 2:
+        targets = targets.float()
     if config.loss == "softmax":
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-    num_classes = logits.shape[1]
-    shares = F.one_hot(targets, num_classes) if targets.ndim == 1 else targets
-    smoothed = (1 - smoothing) * shares.to(torch.float32) + smoothing / num_classes
+    shares = targets if targets.ndim == 2 else F.one_hot(targets, num_classes).float()
+    smoothed = (1 - smoothing) * shares + smoothing / num_classes
     return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none").sum(dim=1)
 
 
