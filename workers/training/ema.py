@@ -2,11 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from workers.training.rows import locals_of
 
 WARMUP = 10
 """The time constant is at most the images seen divided by this."""
@@ -26,13 +27,13 @@ class Average:
             name: parameter.detach().clone() for name, parameter in model.named_parameters()
         }
         """By the parameters' names, placed as they are."""
-        self._parameters = dict(model.named_parameters())
+        self._parameters = list(model.parameters())
 
     @torch.no_grad()
     def update(self, images_in_step: int, images_seen: int) -> None:
         """After a step; `images_seen` counts that step's."""
         share = 1 - decay(images_in_step, images_seen, self.ema_images)
-        torch._foreach_lerp_(_locals(self.tensors), _locals(self._parameters), share)
+        torch._foreach_lerp_(locals_of(self.tensors.values()), locals_of(self._parameters), share)
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -46,8 +47,8 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        weights = _locals(dict(model.named_parameters()))
-        for weight, average in zip(weights, _locals(self.tensors), strict=True):
+        weights = locals_of(model.parameters())
+        for weight, average in zip(weights, locals_of(self.tensors.values()), strict=True):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
@@ -56,7 +57,3 @@ class Average:
 def decay(images_in_step: int, images_seen: int, ema_images: int) -> float:
     """What a step leaves of the average, 0 to 1."""
     return math.exp(-images_in_step / min(ema_images, images_seen / WARMUP))
-
-
-def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [value.to_local() if isinstance(value, DTensor) else value for value in tensors.values()]

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from workers.training.rows import locals_of
+
 
 class Lamb(Optimizer):
     """AdamW whose step, for each tensor with weight decay, is as long as lr times the tensor itself.
@@ -34,7 +36,7 @@ class Lamb(Optimizer):
             _scale_by_trust_ratios([weight for weight, _ in adapted], [update for _, update in adapted])
         for group, group_updates in zip(self.param_groups, updates, strict=True):
             if group_updates:
-                weights = [_local(weight) for weight in _active(group["params"])]
+                weights = locals_of(_active(group["params"]))
                 torch._foreach_add_(weights, group_updates, alpha=-group["lr"])
 
     def _updates(self, group: dict[str, Any]) -> list[Tensor]:
@@ -53,10 +55,10 @@ class Lamb(Optimizer):
         for state in states:
             state["step"] += 1
         step = states[0]["step"].item()
-        weights = [_local(parameter) for parameter in params]
-        gradients = [_local(parameter.grad) for parameter in params if parameter.grad is not None]
-        means = [_local(state["exp_avg"]) for state in states]
-        squares = [_local(state["exp_avg_sq"]) for state in states]
+        weights = locals_of(params)
+        gradients = locals_of(parameter.grad for parameter in params if parameter.grad is not None)
+        means = locals_of(state["exp_avg"] for state in states)
+        squares = locals_of(state["exp_avg_sq"] for state in states)
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -72,7 +74,7 @@ class Lamb(Optimizer):
 
 def _scale_by_trust_ratios(params: list[Tensor], updates: list[Tensor]) -> None:
     """Each update times |weight| / |update|, or 1 where one of the norms is 0."""
-    weights = [_local(parameter) for parameter in params]
+    weights = locals_of(params)
     squares = torch.stack(torch._foreach_norm([*weights, *updates])).square()
     if isinstance(sharded := params[0], DTensor):
         for axis, placement in enumerate(sharded.placements):
@@ -85,7 +87,3 @@ def _scale_by_trust_ratios(params: list[Tensor], updates: list[Tensor]) -> None:
 
 def _active(params: list[Tensor]) -> list[Tensor]:
     return [parameter for parameter in params if parameter.grad is not None]
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from workers.training.rows import locals_of
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 RMS = 0.2
@@ -30,28 +32,38 @@ class Muon(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = weight.grad.lerp(state["momentum_buffer"], momentum)
-                weight.mul_(1 - rate * group["weight_decay"])
-                weight.add_(_orthogonal(update), alpha=-rate * RMS * math.sqrt(max(weight.shape)))
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not params:
+                continue
+            for parameter in params:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            weights, gradients = locals_of(params), locals_of(parameter.grad for parameter in params)
+            momenta = locals_of(self.state[parameter]["momentum_buffer"] for parameter in params)
+            torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+            updates = torch._foreach_lerp(gradients, momenta, momentum)
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            for parameter, weight, update in zip(params, weights, updates, strict=True):
+                alpha = -rate * RMS * math.sqrt(max(parameter.shape))
+                weight.add_(_orthogonal(update.bfloat16(), parameter), alpha=alpha)
 
 
-def _orthogonal(update: Tensor) -> Tensor:
-    """Placed like `update`; the same on every number of ranks."""
-    if not isinstance(update, DTensor):
-        return newton_schulz(update.bfloat16()).to(update.dtype)
-    mesh, whole = update.device_mesh, [Replicate()] * update.device_mesh.ndim
-    rows = update.bfloat16()
-    assert isinstance(rows, DTensor)
-    result = newton_schulz(rows.redistribute(placements=whole).to_local())
+def _orthogonal(rows: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's rows of the matrix made orthogonal; the same on every number of ranks."""
+    if not isinstance(parameter, DTensor):
+        return newton_schulz(rows)
+    mesh, whole = parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+    sharded = DTensor.from_local(
+        rows,
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    result = newton_schulz(sharded.redistribute(placements=whole).to_local())
     replicated = DTensor.from_local(result, mesh, whole, run_check=False)
-    return replicated.redistribute(placements=update.placements).to(update.dtype)
+    return replicated.redistribute(placements=parameter.placements).to_local()
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
