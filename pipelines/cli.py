@@ -223,6 +223,9 @@ def finetune(
     ],
     data: DataRoot = None,
     epochs: Annotated[float, typer.Option(help="Passes over the training images.")] = 20.0,
+    recipe: Annotated[
+        str, typer.Option(help="adamw; paper (SGD, as the ViT paper); deit3 (as DeiT-III).")
+    ] = "adamw",
     overrides: Overrides = None,
     register_as: Annotated[
         str | None, typer.Option("--as", help="Name of the registered model. Default: MODEL-<size>px.")
@@ -244,9 +247,46 @@ def finetune(
         image_size=parse_size(image_size),
         data=where.data_url(data) if data else None,
         epochs=epochs,
+        recipe=recipe,
         overrides=overrides or [],
     )
     version = run_finetune(where, run, register_as=register_as, console=progress_console(as_json))
+    _print_version(version, as_json)
+
+
+@app.command()
+def cooldown(
+    run: Annotated[str, typer.Argument(help="A run's name, MODEL@ALIAS or MODEL/VERSION.")],
+    images: Annotated[int, typer.Option(help="Images over which the learning rate goes to 0.")],
+    at: Annotated[
+        int | None,
+        typer.Option(help="Start from its newest checkpoint of at most so many images. Default: the newest."),
+    ] = None,
+    overrides: Overrides = None,
+    register_as: Annotated[
+        str | None, typer.Option("--as", help="Name of the registered model. Default: the new run's name.")
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finish a run early: go on from one of its checkpoints with a learning rate that falls to 0.
+
+    Many data points for the price of one long run. Interrupted, the same command goes on.
+
+    Example: vitscale cooldown vit-digits-1a2b3c4d5e --at 40000 --images 8000
+    """
+    where = open_site(site)
+    from pipelines import pretrain
+    from pipelines.cooldown import cooldown_config
+
+    config = cooldown_config(where, run, at=at, images=images, overrides=overrides or [])
+    version = pretrain.train(
+        where,
+        config,
+        register_as=register_as or config.name,
+        label=f"cooldown {config.name}",
+        console=progress_console(as_json),
+    )
     _print_version(version, as_json)
 
 

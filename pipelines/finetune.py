@@ -1,14 +1,16 @@
 """High-resolution fine-tuning: from a registered version to a child at another image size."""
 
 from collections.abc import Iterable
+from typing import cast, get_args
 
 from rich.console import Console
 
 from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
+from pipelines.children import FineTuning, fine_tune
 from pipelines.pretrain import EXPERIMENT, train
-from pipelines.recipes import facts_at, fine_tune, read_facts
+from pipelines.recipes import facts_at, read_facts
 from workers.config import InitConfig, RunConfig, make_config
 from workers.config_text import override
 from workers.errors import ConfigError
@@ -23,9 +25,12 @@ def finetune_config(
     image_size: int | tuple[int, int],
     data: str | None = None,
     epochs: float = 20.0,
+    recipe: str = "adamw",
     overrides: Iterable[str] = (),
 ) -> RunConfig:
     """The run that fine-tunes `MODEL@ALIAS`, on the parent's data or on the set whose root is `data`."""
+    if recipe not in get_args(FineTuning):
+        raise ConfigError(f"recipe {recipe!r}: choose one of {', '.join(get_args(FineTuning))}")
     registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
     version = registry.resolve(reference)
     _, manifest = open_manifest(version.manifest, version.digest)
@@ -45,7 +50,8 @@ def finetune_config(
         new_head=not same_data and len(facts.classes) != model.num_classes,
         parent=version.label,
     )
-    config = fine_tune(parent, model, facts, init, image_size=image_size, epochs=epochs)
+    kind = cast(FineTuning, recipe)
+    config = fine_tune(parent, model, facts, init, image_size=image_size, epochs=epochs, recipe=kind)
     return make_config(override(config.model_dump(mode="json"), overrides))
 
 

@@ -13,19 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from workers.config import InitConfig, RunConfig, make_config
+from workers.config import RunConfig, make_config
 from workers.data.index import DatasetIndex
 from workers.data.mixture import Source
-from workers.data.quarantine import to_json
 from workers.data.stream import TrainStream
 from workers.errors import ConfigError
-from workers.evaluation.result import CONFUSION_CLASSES
 from workers.models import build_model
-from workers.models.sizes import patch_grid
-from workers.models.vit import VisionTransformer
-from workers.models.weights import adapt_state_dict
 from workers.storage import Store, open_store
-from workers.training.checkpoint import Training, load_full, open_manifest
+from workers.training.checkpoint import Training
 from workers.training.commits import Lease
 from workers.training.ema import Average
 from workers.training.evaluate import Evaluation, evaluate
@@ -37,9 +32,11 @@ from workers.training.metrics import EventWriter
 from workers.training.microbatch import choose_microbatch_size
 from workers.training.optim import learning_rate, make_optimizers
 from workers.training.parallel import DTYPES, ShardPlace, parallelize, reshard, worker_group
+from workers.training.parent import describe_resize, load_parent
 from workers.training.peak import peak_flops
 from workers.training.profile import Profile
 from workers.training.proofs import merge_ledgers, settle_epochs
+from workers.training.reports import evaluation_metrics, write_evaluation, write_probes
 from workers.training.state import TrainState, share_lease
 from workers.training.step import train_step
 
@@ -83,8 +80,13 @@ def _train_under(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size = config.train.global_batch_size
     model = _initial_model(config)
+    resize: dict[str, float] = {}
     if config.init is not None and lease.continues is None:
-        _load_parent(config.init, model)
+        load_parent(config.init, model)
+        if config.init.new_head:
+            _set_head_bias(config, model)
+        if rank == 0:
+            resize = describe_resize(config.init, model, config.model, validation)
     model = parallelize(model, config.compute, config.train.precision, device)
     share = sum(source.share(world_size) for source in sources)
     microbatch_size = choose_microbatch_size(model, config, share, device)
@@ -100,6 +102,8 @@ def _train_under(
     events = EventWriter(store, lease.epoch) if rank == 0 else None
     if events:
         events.write("start", state.images_seen, world_size=world_size, peak_tflops=peak / 1e12)
+        if resize:
+            events.write("metrics", state.images_seen, values=resize)
 
     total_images = config.num_steps * batch_size
     stream = TrainStream(
@@ -159,11 +163,12 @@ def _train_under(
                     with average.swapped(model):
                         results["average_"] = _evaluate(config, model, validation, images, device)
                 if events:
-                    _write_evaluation(events, state, results)
+                    write_evaluation(events, state, results)
                 meter.restart()
             if committing:
+                write_probes(events, state, model, validation)
                 # Only the final commit was just evaluated: what a gate may ask for.
-                state.commit(_metrics(results) if state.complete else {}, events)
+                state.commit(evaluation_metrics(results) if state.complete else {}, events)
                 meter.restart()
     finally:
         profile.close()
@@ -199,25 +204,13 @@ def _initial_model(config: RunConfig) -> nn.Module:
     """Whole and equal on every rank, from the seed."""
     torch.manual_seed(config.seed)
     model = build_model(**config.model.model_dump())
-    nn.init.constant_(
-        model.get_parameter("head.bias"), initial_head_bias(config.optim, config.model.num_classes)
-    )
+    _set_head_bias(config, model)
     return model
 
 
-def _load_parent(init: InitConfig, model: nn.Module) -> None:
-    """The weights that fine-tuning starts from, for this model's resolution and classes."""
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError("model.family: only a vit can start from another run's weights (init)")
-    store, manifest = open_manifest(init.manifest, init.digest)
-    source = make_config(manifest.config).model
-    state = adapt_state_dict(
-        load_full(store, manifest),
-        source_grid=patch_grid(source.image_size, source.patch_size),
-        target=model,
-        new_head=init.new_head,
-    )
-    model.load_state_dict(state)
+def _set_head_bias(config: RunConfig, model: nn.Module) -> None:
+    bias = initial_head_bias(config.optim, config.model.num_classes)
+    nn.init.constant_(model.get_parameter("head.bias"), bias)
 
 
 def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
@@ -228,26 +221,6 @@ def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
             f"{values['loss']}, gradient norm {values['gradient_norm']}); choose less than "
             f"{state.config.optim.learning_rate}, or a longer optim.warmup_images"
         )
-
-
-def _write_evaluation(events: EventWriter, state: TrainState, results: Mapping[str, Evaluation]) -> None:
-    result = results[""]
-    values = {name: value for name, value in _metrics(results).items() if not name.endswith("_images")}
-    events.write("metrics", state.images_seen, values=values)
-    if result.bad_samples:
-        events.write("bad_samples", state.images_seen, of="validation", samples=to_json(result.bad_samples))
-    if state.complete:
-        events.write("evaluation", state.images_seen, details=result.details())
-        if result.num_classes <= CONFUSION_CLASSES:
-            events.write("confusion", state.images_seen, counts=result.confusion)
-
-
-def _metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Of the weights, and with the prefix `average_` of their moving average."""
-    values: dict[str, float] = {}
-    for prefix, result in results.items():
-        values |= {f"{prefix}{name}": value for name, value in result.metrics().items()}
-    return values
 
 
 def _due(state: TrainState, every: int) -> bool:

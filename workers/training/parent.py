@@ -1,0 +1,44 @@
+"""The weights that fine-tuning starts from: another run's, for another resolution or other classes."""
+
+from torch import nn
+
+from workers.config import InitConfig, ModelConfig
+from workers.data.index import DatasetIndex
+from workers.errors import ConfigError
+from workers.models.resample_report import resample_report
+from workers.models.sizes import patch_grid
+from workers.models.vit import VisionTransformer
+from workers.models.weights import adapt_state_dict
+from workers.probes import first_images
+from workers.training.checkpoint import load_full, open_manifest
+from workers.training.evaluate import normalize
+from workers.training.restore import load_model
+
+REPORTED_IMAGES = 32
+
+
+def load_parent(init: InitConfig, model: nn.Module) -> None:
+    """`model` gets the parent's weights: position embeddings resampled, and a new head if asked for."""
+    if not isinstance(model, VisionTransformer):
+        raise ConfigError("model.family: only a vit or a hybrid can start from another run's weights (init)")
+    store, manifest = open_manifest(init.manifest, init.digest)
+    state = adapt_state_dict(
+        load_full(store, manifest),
+        source_grid=patch_grid(manifest.model.image_size, manifest.model.patch_size),
+        target=model,
+        new_head=init.new_head,
+        convention=init.resampling,
+    )
+    model.load_state_dict(state)
+
+
+def describe_resize(
+    init: InitConfig, model: nn.Module, config: ModelConfig, validation: DatasetIndex
+) -> dict[str, float]:
+    """What the change of resolution did, before any training: see `resample_report`."""
+    assert isinstance(model, VisionTransformer)
+    parent, _ = load_model(init.manifest, init.digest)
+    assert isinstance(parent, VisionTransformer)
+    images, _ = first_images(validation, config, REPORTED_IMAGES)
+    report = resample_report(parent, model, normalize(images))
+    return {f"resize/{name}": value for name, value in report.items()}
