@@ -5,6 +5,7 @@ Knows neither Ray nor a tracking server; `workers/ray_entry.py` calls it on a cl
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -56,6 +57,7 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
     """Train one run to its end, or skip it if its commit log says that it is there."""
     with worker_group(device):
         torch.set_num_threads(config.compute.cpus_per_worker)
+        _set_determinism(config.compute.deterministic)
         torch.get_num_threads()  # now: what a thread of the stream sets for itself must not become this one's
         store = open_store(run_url)
         # Before the lease: a configuration that does not fit its data must not stop whoever trains the run.
@@ -191,6 +193,14 @@ def _evaluate(
     )
     reshard(model)
     return result
+
+
+def _set_determinism(deterministic: bool) -> None:
+    """Operations that give the same bits each time, or an error that names one which cannot."""
+    if deterministic:
+        # cuBLAS asks for it; read when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def _decode_threads(config: RunConfig) -> int:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from workers.config import RunConfig
 from workers.data.mixing import mix
-from workers.training.evaluate import normalize
+from workers.training.evaluate import normalize, to_device
 from workers.training.feed import DeviceBatch
 from workers.training.loss import per_image_loss
 from workers.training.optim import set_learning_rate
@@ -49,7 +49,7 @@ def train_step(
     if model_config.drop_path:
         keep = keep_factors(model_config.spec, batch.ids, seed=config.seed, step=step)
         assert keep is not None
-        keep = keep.to(images.device, non_blocking=True)
+        keep = to_device(keep, images.device)
     parts = list(_microbatches(len(labels), microbatch_size))
     for rows in parts:
         _reduce_gradients(model, rows == parts[-1])
