@@ -66,6 +66,9 @@ def parallelize(model: nn.Module, compute: ComputeConfig, precision: str, device
     """
     model.to(device)
     blocks = list(model.get_submodule("blocks").children())
+    if compute.compile:
+        # Each shape of a ResNet's blocks is compiled for training and for evaluation; torch gives up at 8.
+        torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         if compute.activation_checkpointing != "none":
             _recompute(block, selective=compute.activation_checkpointing == "selective")
