@@ -15,15 +15,18 @@ from orchestrator.registry import Gate, Registry
 from orchestrator.site import Site
 from pipelines.exchange import export_version, import_file
 from pipelines.finetune import finetune, finetune_config
+from tests.runs import head_manifest, train_on
 from tests.test_registry import FakeMlflow
 from workers.config import ModelConfig, RunConfig
 from workers.errors import CheckpointError, ConfigError
 from workers.models import build_model
 from workers.models.formats.importing import import_weights
+from workers.models.positions import resample_position_embedding
 from workers.models.sizes import parse_size, patch_grid, size_text
 from workers.models.weights import adapt_state_dict
 from workers.storage import open_store
 from workers.training.checkpoint import load_full, open_manifest
+from workers.training.metrics import EventReader
 from workers.training.restore import restore_test
 
 MODEL = {"size": "digits-xs", "image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 7}
@@ -221,3 +224,31 @@ def test_sizes_as_text(text: str, size: int | tuple[int, int]) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="image"):
         parse_size(text)
+
+
+def test_an_import_is_trained_on_at_another_resolution(site: Site, digits_url: str, tmp_path: Path) -> None:
+    """With the convention that was asked for; what the resize did is among the run's points."""
+    path, _, state = weights(tmp_path, num_classes=10)
+    version = import_file(site, path, "theirs")
+    changes = [
+        "train.images=96",
+        "train.global_batch_size=48",
+        "init.resampling=bilinear",
+        "optim.warmup_images=96",
+    ]
+    config = finetune_config(site, version.label, image_size=(8, 12), data=digits_url, overrides=changes)
+    url = f"{site.runs}/runs/{config.run}"
+    train_on(2, config, url)
+    points = [event["values"] for event in EventReader(open_store(url)).read() if event["kind"] == "metrics"]
+    assert -1 < points[0]["resize/feature_cosine"] < 1
+    assert 0 <= points[0]["resize/top1_agreement"] <= 1
+    assert points[0]["resize/position_norm_before"] != points[0]["resize/position_norm_after"]
+    head = head_manifest(url)
+    assert (head.model.image_shape, head.step) == ((8, 12), 2)
+    child = load_full(open_store(url), head)
+    start = resample_position_embedding(
+        state["pos_embed"], (4, 4), (4, 6), num_prefix=1, convention="bilinear"
+    )
+    # Two steps of warm-up from a rate of zero, the first of which changes nothing.
+    assert (child["pos_embed"] - start).abs().max() < 2 * config.optim.learning_rate
+    assert not torch.equal(child["pos_embed"], start)

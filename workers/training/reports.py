@@ -6,10 +6,12 @@ from torch import nn
 
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import to_json
+from workers.errors import DataError
 from workers.evaluation.result import CONFUSION_CLASSES, Evaluation
 from workers.probes import first_images, probe_sharded
 from workers.training.evaluate import normalize
 from workers.training.metrics import EventWriter
+from workers.training.parallel import first_text
 from workers.training.state import TrainState
 
 
@@ -40,10 +42,15 @@ def write_probes(
     config, images = state.config, None
     if not config.train.probe_images or config.model.family == "resnet":
         return
+    problem = ""
     if events:
-        pixels, _ = first_images(validation, config.model, config.train.probe_images)
-        images = normalize(pixels.to(state.device))
+        try:
+            pixels, _ = first_images(validation, config.model, config.train.probe_images)
+            images = normalize(pixels.to(state.device))
+        except DataError as error:
+            problem = str(error)
+    if problem := first_text(problem, state.device):
+        raise DataError(problem)
     probes = probe_sharded(model, images)
-    if events and probes and probes.finite:
+    if events and probes:
         events.write("probe", state.images_seen, probes=probes.to_json())
-        events.write("metrics", state.images_seen, values=probes.summary())
