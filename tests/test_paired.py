@@ -89,11 +89,11 @@ def test_runs_that_disagree_widen_the_interval():
 
 
 def test_the_interval_covers_the_truth():
-    """Of 40 experiments of 6 seeds and 60 images, with effects of both: 38 are to be expected."""
+    """Of 15 experiments of 6 seeds and 60 images, with effects of both: 14 are to be expected."""
     generator = np.random.default_rng(4)
     covered = 0
     truth = 0.1
-    for _ in range(40):
+    for _ in range(15):
         easy = generator.random((1, 60))
         luck = generator.normal(0, 0.05, (6, 1))
         noise = generator.random((6, 60))
@@ -101,7 +101,7 @@ def test_the_interval_covers_the_truth():
         second = first | (generator.random((6, 60)) < 2 * (truth + luck))
         found = difference(first, second)
         covered += found.interval.low <= truth <= found.interval.high
-    assert covered >= 34
+    assert covered >= 12
 
 
 def test_images_are_paired_by_their_ordinals():
