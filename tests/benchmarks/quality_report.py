@@ -63,9 +63,10 @@ def _experiment(name: str, kinds: dict[str, Runs], control: str | None) -> tuple
             cells += ["", "", ""]
         rows.append(cells)
         values[kind] = entry
-    header = ["model", "top-1", "95 %", "by seed", f"minus {control}", "95 % (points)", "McNemar p by seed"]
+    header = ["model", "top-1", "95 %", "by seed", "minus control", "95 % (points)", "McNemar p by seed"]
     images = len(next(iter(kinds[order[0]].values())))
-    return f"**{name}**, {images} test images\n\n{table(header, rows)}", values
+    named = NAMES.get(control or "", f"fine-tuning at {control} px")
+    return f"**{name}**: {images} test images; the control is {named}\n\n{table(header, rows)}", values
 
 
 def _against(control: Runs, runs: Runs) -> tuple[Difference, dict[str, Any], list[dict[str, Any]]]:
