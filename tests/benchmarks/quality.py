@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.quality_data import pack, prepare
 from tests.benchmarks.quality_report import report
 from tests.benchmarks.quality_runs import TINY, Effort, Place, run_series
 from tests.benchmarks.results import BENCH, machine, versions
@@ -33,16 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.experiments) - set(DATA):
         parser.error(f"{', '.join(sorted(unknown))}: expected {' or '.join(DATA)}")
-    if options.pack:
-        pack(options.data, options.pack)
-        return 0
     started = time.monotonic()
     effort = TINY if options.tiny else dataclasses.replace(Effort(), vit=options.vit).scaled(options.scale)
     work = options.work / ("tiny" if options.tiny else "full")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shutil.rmtree(work / "results", ignore_errors=True)  # of runs that may have been others
-    for name in (name for experiment in options.experiments for name in DATA[experiment]):
-        prepare(name, options.data, work, limit=effort.limit)
+    _prepare(options.data, work, [name for one in options.experiments for name in DATA[one]], effort.limit)
     print(f"data are ready after {time.monotonic() - started:.0f} s", flush=True)
     header = {
         "machine": machine(),
@@ -75,8 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="times all epochs")
     parser.add_argument("--vit", default="xs", help="size; digits-xl for two cores")
     parser.add_argument("--tiny", action="store_true", help="does everything run?")
-    parser.add_argument("--pack", type=Path, help="write a small copy of the data there, and nothing else")
     return parser
+
+
+def _prepare(data: Path, work: Path, names: list[str], limit: int | None) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.quality_data", str(data), str(work), *names]
+    subprocess.run(command + (["--limit", str(limit)] if limit else []), check=True)
 
 
 def _tasks(experiment: str, seeds: int) -> list[tuple[str, int]]:

@@ -2,12 +2,16 @@
 
 `grocery`: photographs as they are (shorter side 348 px), for fine-tuning; `grocery-192`: the same pictures
 with a shorter side of 192 px, which decode twice as fast, for pretraining at 96 px; `cifar`: 32 px.
+
+A command of its own, because every process that ingests imports its main module, and torch takes seconds.
 """
 
+import argparse
 import gzip
 import io
 import shutil
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +41,20 @@ RECIPES = {
     "grocery-192": Recipe("grocery", "test", {"reencode": "jpeg", "quality": 85, "resize": 192}),
     "cifar": Recipe("cifar10", "val", {"test_as_validation": True}),
 }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="quality_data", description="Data of the quality experiments.")
+    parser.add_argument("source", type=Path, help="folder with grocery/ and cifar10/")
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--pack", action="store_true", help="write a small copy, instead of shards")
+    parser.add_argument("--limit", type=int, help="images of each data set")
+    parser.add_argument("names", nargs="*", help=", ".join(RECIPES))
+    options = parser.parse_args(arguments)
+    if options.pack:
+        pack(options.source, options.destination)
+    for name in options.names:
+        prepare(name, options.source, options.destination, limit=options.limit)
 
 
 def prepare(name: str, source: Path, work: Path, *, limit: int | None) -> None:
@@ -84,3 +102,7 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, content: io.BufferedIOBa
 
 def _root(name: str, work: Path) -> str:
     return (work / "data" / name).resolve().as_uri()
+
+
+if __name__ == "__main__":
+    main()
