@@ -10,7 +10,7 @@ import torch
 
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 for _name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _name):
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, _name):
         _LIBRARY.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
 
 with warnings.catch_warnings():
