@@ -59,10 +59,10 @@ def run_config(
     )
 
 
-def timm_model(size: str, image_size: int) -> nn.Module:
+def timm_model(size: str, image_size: int, num_classes: int = NUM_CLASSES) -> nn.Module:
     """As timm makes it, its own weights included; ours has the same names."""
     name = f"vit_{TIMM_NAMES[size]}_patch{PATCH}_224"
-    return timm.create_model(name, img_size=image_size, num_classes=NUM_CLASSES)
+    return timm.create_model(name, img_size=image_size, num_classes=num_classes)
 
 
 def hf_model(size: str, image_size: int, attention: str) -> nn.Module:
@@ -125,7 +125,7 @@ def plain_step(model: nn.Module, precision: str, device: torch.device, *, compil
     """Stock training: autocast for bfloat16, the whole model compiled."""
     model.to(device).train()
     forward = torch.compile(model) if compiled else model
-    optimizer = adamw(model.parameters(), device)
+    optimizer = adamw(model.parameters())
     half = DTYPES[precision] == torch.bfloat16
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -140,13 +140,15 @@ def plain_step(model: nn.Module, precision: str, device: torch.device, *, compil
     return step
 
 
-def adamw(parameters: Iterable[nn.Parameter], device: torch.device) -> Optimizer:
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY, fused=fused, foreach=not fused)
+def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """As `make_optimizers` has it: a fifth of the time of torch's default on CPUs."""
+    return torch.optim.AdamW(parameters, lr=RATE, weight_decay=DECAY, fused=True)
 
 
-def random_batch(batch: int, image_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_batch(
+    batch: int, image_size: int, device: torch.device, num_classes: int = NUM_CLASSES
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (batch, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, NUM_CLASSES, (batch,), generator=generator)
+    labels = torch.randint(0, num_classes, (batch,), generator=generator)
     return images.to(device), labels.to(device)

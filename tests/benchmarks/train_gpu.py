@@ -17,7 +17,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,8 @@ VARIANTS = (
 )
 
 
-def main() -> None:
-    args = _arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _arguments(arguments)
     begin = time.monotonic()
     device = torch.device("cpu" if args.tiny else "cuda")
     place = Place(device, 32, "float32") if args.tiny else Place(device, 224, "bfloat16")
@@ -146,7 +146,7 @@ def main() -> None:
     print(f"\n{report(about, rows)}")
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -154,7 +154,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON of all that was measured")
     parser.add_argument("--only", nargs="*", help="these variants, as 'b ours'")
     parser.add_argument("--tiny", action="store_true", help="ViT-Ti, 32 px, batches of 2, on the CPU")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.tiny:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compilers take a minute for each
     return args
@@ -335,7 +335,7 @@ def _lean(variant: Variant, place: Place, mode: str | None) -> steps.Step:
     values = list(model.to(DTYPES[place.precision]).parameters())
     for master in masters:
         master.grad = torch.empty_like(master)
-    optimizer = steps.adamw(masters, device)
+    optimizer = steps.adamw(masters)
     forward = torch.compile(model, mode=mode)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
