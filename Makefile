@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast bench-data bench-quality down clean
+.PHONY: help setup quickstart check test test-fast bench-data bench-train bench-quality down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ bench-data: $(READY) $(PEERS_READY)  ## the data plane against its peers; needs 
 	$(BIN)/python -m tests.benchmarks.data_resume
 	$(BIN)/python -m tests.benchmarks.data_memory
 	$(BIN)/python -m tests.benchmarks.index_scale
+
+bench-train: $(READY)  ## a training step on the CPU against timm's and Hugging Face's
+	$(BIN)/python -m tests.benchmarks.train $(ARGS)
 
 bench-quality: $(READY)  ## what models learn: resolutions of fine-tuning, ViT from scratch; a GPU, or many hours
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)

@@ -8,7 +8,9 @@ the JPEG quality that gives the mean file size of the set.
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +61,33 @@ def make(name: str, folder: Path) -> list[Path]:
         total = sum(path.stat().st_size for path in paths)
         (folder / "complete").write_text(json.dumps({"images": next(numbers), "bytes": total}))
     return paths
+
+
+def make_many(folder: Path, *, images: int, shards: int, classes: int, processes: int) -> None:
+    """Shards of photographs like set a's in little time: numbered labels, all cores, nothing kept."""
+    folder.mkdir(parents=True)
+    sources, photos = _sources(), SETS["a"]
+    task = _Task(folder, photos, sources, _quality(photos, sources), -(-images // shards), classes)
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        pool.map(task.write, range(shards), chunksize=1)
+
+
+@dataclass(frozen=True)
+class _Task:
+    folder: Path
+    photos: PhotoSet
+    sources: list[tuple[Image.Image, int]]
+    quality: int
+    per_shard: int
+    classes: int
+
+    def write(self, shard: int) -> None:
+        with wds.TarWriter(str(self.folder / f"{shard:03d}.tar"), mtime=0) as writer:
+            for number in range(shard * self.per_shard, (shard + 1) * self.per_shard):
+                image, _ = _photo(self.photos, self.sources, number)
+                label = str(number % self.classes).encode()
+                jpeg = _jpeg(image, self.quality)
+                writer.write({"__key__": f"{number:06d}", "jpg": jpeg, "cls": label})
 
 
 def read(path: Path) -> Iterator[tuple[str, bytes, int]]:
@@ -126,3 +155,9 @@ def _packed() -> Iterator[tuple[bytes, int]]:
             if member.isfile():
                 label = member.name.rpartition("_")[2].removesuffix(".jpg")
                 yield tar.extractfile(member).read(), int(label)
+
+
+if __name__ == "__main__":
+    target, *counts = sys.argv[1:]
+    images_, shards_, classes_, processes_ = map(int, counts)
+    make_many(Path(target), images=images_, shards=shards_, classes=classes_, processes=processes_)

@@ -74,6 +74,10 @@ def parallelize(model: nn.Module, compute: ComputeConfig, precision: str, device
             _recompute(block, selective=compute.activation_checkpointing == "selective")
         if compute.compile:
             block.compile()
+    if dist.get_world_size() == 1 and DTYPES[precision] == torch.float32:
+        # Nothing to share or to cast. FSDP would copy all weights and gradients all the same: 7 % of a step
+        # of S/16 on a core, at 64 px in batches of 32.
+        return model
     place = ShardPlace.of(compute)
     replicas = dist.get_world_size() // place.count
     if replicas == 1:

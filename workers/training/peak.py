@@ -34,13 +34,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype, side: int = MEASURED_SIDE) -> float:
-    """Of the fastest product of two square matrices, within a tenth of a second."""
+    """Of the fastest product of two square matrices, within a tenth of a second: as a linear layer's, for
+    which torch has the fastest kernels (50 times faster in bfloat16 on a CPU without AVX-512)."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     best, deadline = float("inf"), time.perf_counter() + MEASURED_SECONDS
     while time.perf_counter() < deadline:
         start = time.perf_counter()
-        _ = left @ right
+        _ = left @ right.T
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
