@@ -46,6 +46,7 @@ from workers.training.inputs import make_sources, open_data
 from workers.training.optim import make_optimizers
 from workers.training.parallel import ShardPlace, parallelize
 from workers.training.restore import load_model, restore_test
+from workers.training.rows import local
 from workers.training.state import TrainState, share_lease
 
 
@@ -73,11 +74,11 @@ def make_odd(seed, config, averaged=False):
 
 def rows(training):
     """This rank's rows of all state as numpy, by name; the scalars of the optimizer are rows of their own."""
-    state = {name: value.to_local() for name, value in training.model.named_parameters()}
+    state = {name: local(value) for name, value in training.model.named_parameters()}
     for optimizer in training.optimizers:
         for name, value in training.model.named_parameters():
             for moment, number in optimizer.state[value].items():
-                state[f"state.{name}.{moment}"] = number.to_local() if number.ndim else number[None]
+                state[f"state.{name}.{moment}"] = local(number) if number.ndim else number[None]
     return {name: value.detach().numpy().copy() for name, value in state.items()}
 
 

@@ -130,7 +130,7 @@ def compiled_outputs(mode):
         images = torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8)
         out = model(images)
         out.square().sum().backward()
-        results.append([out, *(value.grad.full_tensor() for value in model.parameters())])
+        results.append([out, *(value.grad for value in model.parameters())])
     return [(one - other).abs().max().item() for one, other in zip(*results, strict=True)]
 
 
@@ -141,7 +141,7 @@ def test_compiled_blocks_compute_the_same():
 
 
 def sharded_after_evaluation():
-    model = parallelize(build_model("vit", "digits-xs", **SHAPE), ComputeConfig(workers=1), "float32", CPU)
+    model = parallelize(build_model("vit", "digits-xs", **SHAPE), ComputeConfig(workers=1), "bfloat16", CPU)
     with torch.no_grad():
         model(torch.zeros(2, 1, 8, 8))
     reshard(model)
@@ -176,3 +176,12 @@ def test_a_run_with_an_average_resumes_bit_equal(digits_url, tmp_path):
     manifest = head_manifest(whole)
     assert set(manifest.metrics) >= {"val_accuracy", "average_val_accuracy", "average_val_loss"}
     assert any(name.startswith("average.blocks.0") for name in manifest.shapes)
+
+
+def one_float32_worker():
+    model = parallelize(build_model("vit", "digits-xs", **SHAPE), ComputeConfig(workers=1), "float32", CPU)
+    return any(hasattr(value, "full_tensor") for value in model.parameters())
+
+
+def test_a_single_float32_worker_shards_nothing():
+    assert on_ranks(1, one_float32_worker) == [False]
