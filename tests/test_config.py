@@ -149,7 +149,7 @@ OTHER: dict[str, Any] = {
 }
 """Another value for what may not just be a little more."""
 
-GOLDEN_DIGEST = "aa25f4fea9baee6746100ccde24950f5c5eee374b09b44c8b6a5788aa28a6f88"
+GOLDEN_DIGEST = "76df10e6e4e85cb4e5fac010fb973fc9ca111585574d73fbc6907dfbf581890c"
 
 NO_MATTER = {
     "name",
