@@ -260,3 +260,19 @@ def test_stochastic_depth_rates_are_timms(size):
     ramp = timm.layers.calculate_drop_path_rates(0.3, depth)
     assert drop_path_rates(spec(False)) == pytest.approx(ramp, abs=1e-6)
     assert drop_path_rates(spec(True)) == [0.3] * depth
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "positions": "rope", "registers": 2}], ids=str)
+def test_the_last_block_gives_the_class_token_what_it_would_give_it_among_all(options):
+    torch.manual_seed(0)
+    model = build_model("vit", "digits", image_size=8, patch_size=2, channels=1, num_classes=3, **options)
+    x = torch.randn(5, model.spec.num_prefix + 16, 48, requires_grad=True)
+    keep = torch.tensor([[0.0, 2, 1, 1, 1], [1.5, 1, 0, 1, 1]])
+    for inputs in ((x, model.rotary(x), None), (x, model.rotary(x), keep)):
+        alone = model.blocks[0](*inputs, True)
+        among = model.blocks[0](*inputs)[:, :1]
+        torch.testing.assert_close(alone, among, atol=1e-6, rtol=1e-5)
+        gradients = [
+            torch.autograd.grad(out.square().sum(), x, retain_graph=True)[0] for out in (alone, among)
+        ]
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)

@@ -26,6 +26,7 @@ from workers.models.sizes import (
     ViTSpec,
     image_shape,
     patch_grid,
+    skipped_flops,
     vit_flops,
     vit_parameters,
     vit_size,
@@ -101,6 +102,11 @@ class ModelConfig(Part):
             return vit_parameters(self.spec)
         size = resnet_size(self.size)
         return resnet_parameters(size, channels=self.channels, num_classes=self.num_classes)
+
+    @property
+    def computed_flops(self) -> int:
+        """Of `flops`, those that the model computes: not what nobody looks at in the last block."""
+        return self.flops - (skipped_flops(self.spec) if self.family != "resnet" else 0)
 
     @property
     def flops(self) -> int:

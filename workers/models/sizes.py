@@ -182,6 +182,7 @@ def vit_parameters(spec: ViTSpec) -> int:
 
 
 def vit_flops(spec: ViTSpec) -> int:
+    """As papers count: of every token in every block."""
     width, mlp_dim = spec.size.width, spec.size.mlp_dim
     patches = spec.grid[0] * spec.grid[1]
     tokens = spec.num_prefix + patches
@@ -195,6 +196,16 @@ def vit_flops(spec: ViTSpec) -> int:
     if spec.hidden_head:
         multiply_adds += width**2
     return 2 * (multiply_adds + width * spec.num_classes)
+
+
+def skipped_flops(spec: ViTSpec) -> int:
+    """Those of `vit_flops` that are not computed: where the head sees the class token alone, the last block
+    has no queries, projections and MLP of the other tokens."""
+    if spec.pool != "cls":
+        return 0
+    width, others = spec.size.width, spec.num_prefix - 1 + spec.grid[0] * spec.grid[1]
+    per_token = 2 * width**2 + 2 * (others + 1) * width + 2 * width * spec.size.mlp_dim
+    return 2 * others * per_token
 
 
 def _linear(inputs: int, outputs: int) -> int:

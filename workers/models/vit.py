@@ -58,8 +58,19 @@ class Attention(nn.Module):
             q_BANE, k_BANE = rotary.turn(q_BANE), rotary.turn(k_BANE)
         return q_BANE, k_BANE, v_BANE
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        mixed_BANE = attend(*self.split_heads(x_BND, rotary))
+    def class_heads(self, x_BND: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the query (B, A, 1, E) of the class token alone, which is never turned."""
+        batch, tokens, width = x_BND.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        query = F.linear(x_BND[:, :1], weight[:width], bias[:width]).view(batch, 1, self.num_heads, -1)
+        kv = F.linear(x_BND, weight[width:], bias[width:]).view(batch, tokens, 2, self.num_heads, -1)
+        k_BANE, v_BANE = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        k_BANE = self.k_norm(k_BANE)
+        return self.q_norm(query.transpose(1, 2)), k_BANE if rotary is None else rotary.turn(k_BANE), v_BANE
+
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, class_alone: bool = False) -> Tensor:
+        heads = self.class_heads(x_BND, rotary) if class_alone else self.split_heads(x_BND, rotary)
+        mixed_BANE = attend(*heads)
         projected: Tensor = self.proj_drop(self.proj(mixed_BANE.transpose(1, 2).flatten(2)))
         return projected
 
@@ -114,9 +125,17 @@ class Block(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, keep_2B: Tensor | None = None) -> Tensor:
-        """`keep_2B`: factors of the two branches for each image, 0 where stochastic depth drops one."""
-        branch = self.ls1(self.attn(self.norm1(x_BND), rotary))
+    def forward(
+        self,
+        x_BND: Tensor,
+        rotary: Rotary | None = None,
+        keep_2B: Tensor | None = None,
+        class_alone: bool = False,
+    ) -> Tensor:
+        """`keep_2B`: factors of the two branches for each image, 0 where stochastic depth drops one.
+        `class_alone`: only what becomes of the class token, (B, 1, D)."""
+        branch = self.ls1(self.attn(self.norm1(x_BND), rotary, class_alone))
+        x_BND = x_BND[:, :1] if class_alone else x_BND
         x_BND = x_BND + (branch if keep_2B is None else branch * keep_2B[0, :, None, None])
         branch = self.ls2(self.mlp(self.norm2(x_BND)))
         out_BND: Tensor = x_BND + (branch if keep_2B is None else branch * keep_2B[1, :, None, None])
@@ -200,8 +219,10 @@ class VisionTransformer(nn.Module):
         """`keep` (depth, 2, B): see `Block`; None keeps all."""
         x_BND = self.embed(images_BCHW)
         rotary = self.rotary(x_BND)
+        # After the last block nobody looks at the patches: that is 6 % of the work of a step of B/16.
+        last = len(self.blocks) - 1 if self.spec.pool == "cls" else None
         for index, block in enumerate(self.blocks):
-            x_BND = block(x_BND, rotary, None if keep is None else keep[index])
+            x_BND = block(x_BND, rotary, None if keep is None else keep[index], index == last)
         logits_BK: Tensor = self.head(self.features(x_BND))
         return logits_BK
 

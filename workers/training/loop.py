@@ -124,7 +124,7 @@ def _train_under(
         pin_memory=device.type == "cuda",
     )
     feed = Feed(device)
-    meter = Meter(device, flops_per_image=3 * config.model.flops, peak_flops=peak * world_size)
+    meter = Meter(device, flops_per_image=3 * config.model.computed_flops, peak_flops=peak * world_size)
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
     results: dict[str, Evaluation] = {}
     try:
