@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.benchmarks import results, steps
@@ -90,6 +91,27 @@ def ours_eager(variant: Variant, place: Place) -> steps.Step:
     return _ours(variant, place, compiled=False)
 
 
+def unsharded(variant: Variant, place: Place) -> steps.Step:
+    """Ours without FSDP: blocks compiled, weights cast by autograd in each forward."""
+    config = _config(variant, place)
+    model = steps.our_model(config, steps.timm_model(variant.size, place.image_size).state_dict())
+    for block in model.get_submodule("blocks").children():
+        block.compile()
+    return steps.plain_step(Cast(model, DTYPES[place.precision]), "float32", place.device)
+
+
+class Cast(nn.Module):
+    """Computes with copies of the weights in another dtype; outputs are float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = {name: value.to(self.dtype) for name, value in self.model.named_parameters()}
+        return functional_call(self.model, values, (images.to(self.dtype),)).float()
+
+
 def lean(variant: Variant, place: Place) -> steps.Step:
     """Our model with nothing around it, compiled whole: what sharding and compiling by block cost."""
     return _lean(variant, place, None)
@@ -109,11 +131,14 @@ VARIANTS = (
     Variant("ours, cuDNN's attention", "b", 256, ours, attention="cudnn", limit=45),
     Variant("ours, flash attention", "b", 256, ours, attention="flash", limit=45),
     Variant("timm, all that is ours", "b", 256, timm_like_ours, limit=60),
+    Variant("ours, without FSDP", "b", 256, unsharded, limit=45),
     Variant("lean, compiled whole", "b", 256, lean, trace=True),
     Variant("ours", "s", 64, ours, limit=45),
+    Variant("ours, without FSDP", "s", 64, unsharded, limit=45),
     Variant("lean, CUDA graphs", "s", 64, lean_graphs, limit=60),
     Variant(STOCK, "s", 64, stock, limit=60),
     Variant("ours", "ti", 64, ours, limit=45),
+    Variant("ours, without FSDP", "ti", 64, unsharded, limit=45),
     Variant("lean, CUDA graphs", "ti", 64, lean_graphs, limit=60),
     Variant("ours, batch of 128", "b", 128, ours, limit=45),
     Variant("ours, cuDNN's attention", "l", 128, ours, attention="cudnn", limit=60),
