@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -141,7 +142,7 @@ def test_compiled_blocks_compute_the_same():
 
 
 def sharded_after_evaluation():
-    model = parallelize(build_model("vit", "digits-xs", **SHAPE), ComputeConfig(workers=1), "bfloat16", CPU)
+    model = parallelize(build_model("vit", "digits-xs", **SHAPE), ComputeConfig(workers=2), "float32", CPU)
     with torch.no_grad():
         model(torch.zeros(2, 1, 8, 8))
     reshard(model)
@@ -149,7 +150,7 @@ def sharded_after_evaluation():
 
 
 def test_parameters_are_sharded_again_after_a_pass_without_gradients():
-    assert on_ranks(1, sharded_after_evaluation) == [True]
+    assert on_ranks(2, sharded_after_evaluation) == [True, True]
 
 
 def places():
@@ -179,10 +180,24 @@ def test_a_run_with_an_average_resumes_bit_equal(digits_url, tmp_path):
     assert any(name.startswith("average.blocks.0") for name in manifest.shapes)
 
 
-def one_float32_worker():
-    model = parallelize(build_model("vit", "digits-xs", **SHAPE), ComputeConfig(workers=1), "float32", CPU)
-    return any(hasattr(value, "full_tensor") for value in model.parameters())
+def one_worker(precision):
+    """The model's state as the loop sees it: sharded or not, dtypes, gradients of a pass."""
+    torch.manual_seed(0)
+    model = build_model("vit", "digits-xs", **SHAPE)
+    nn.init.normal_(model.head.weight)
+    model = parallelize(model, ComputeConfig(workers=1), precision, CPU)
+    model(torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8)).square().sum().backward()
+    sharded = any(hasattr(value, "full_tensor") for value in model.parameters())
+    gradients = {name: value.grad.numpy() for name, value in model.named_parameters()}
+    return sharded, list(model.state_dict()), gradients
 
 
-def test_a_single_float32_worker_shards_nothing():
-    assert on_ranks(1, one_float32_worker) == [False]
+def test_a_single_worker_on_a_cpu_shards_nothing():
+    ((sharded, names, exact),) = on_ranks(1, one_worker, "float32")
+    ((sharded_half, names_half, rounded),) = on_ranks(1, one_worker, "bfloat16")
+    assert (sharded, sharded_half) == (False, False)
+    assert names == names_half == list(build_model("vit", "digits-xs", **SHAPE).state_dict())
+    for name, gradient in exact.items():
+        difference, size = (np.linalg.norm(value) for value in (rounded[name] - gradient, gradient))
+        assert rounded[name].dtype == np.float32
+        assert 0 < difference < 0.05 * size + 1e-3, name
