@@ -33,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+ENDS = ("_low", "_high", "_images")
+"""Of intervals' metrics: `vitscale evaluate` shows them."""
 INTERRUPTED = 130
 """What typer exits with after Ctrl-C."""
 
@@ -456,7 +458,8 @@ def _print_version(version: "Version", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(version)))
         return
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in version.metrics.items())
+    shown = {name: value for name, value in version.metrics.items() if not name.endswith(ENDS)}
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
     parent = f"  parent {version.parent}" if version.parent else ""
     console.print(f"{version.label}  {size_text(version.image_size)} px  {metrics}{parent}")
     console.print(f"promote it: vitscale promote {version.model} {version.version} --to champion")
