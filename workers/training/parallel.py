@@ -81,9 +81,8 @@ def parallelize(model: nn.Module, compute: ComputeConfig, precision: str, device
         # of S/16 on a core, at 64 px in batches of 32.
         return model
     if dist.get_world_size() == 1 and device.type == "cpu" and compute.activation_checkpointing == "none":
-        _compute_in(
-            dtype, model
-        )  # 100 ms less for each step of S/16; on GPUs FSDP casts many tensors at once
+        # 100 ms less for each step of S/16; on GPUs FSDP casts many tensors at once.
+        _compute_in(dtype, model)
         return model
     place = ShardPlace.of(compute)
     replicas = dist.get_world_size() // place.count
