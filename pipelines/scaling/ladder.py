@@ -97,7 +97,12 @@ def small_study(data: DataFacts, base: RunConfig | None = None, *, epochs: float
     recipe = base or vit_digits(data)
     images = max(1, round(epochs * data.num_images))
     train = recipe.train.model_copy(
-        update={"images": images, "eval_every_images": images, "checkpoint_every_images": max(1, images // 2)}
+        update={
+            "images": images,
+            "eval_every_images": images,
+            "checkpoint_every_images": max(1, images // 2),
+            "probe_images": 0,  # figures of a dozen toys, at two checkpoints each, that nobody asks for
+        }
     )
     optim = recipe.optim.model_copy(update={"warmup_images": images // 10})
     compute = recipe.compute.model_copy(update={"workers": 1})
