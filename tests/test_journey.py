@@ -147,7 +147,8 @@ print(json.dumps({
         seen["metrics"]
     )
     assert seen["report"] == ["report.html"]
-    assert seen["pretrain"] == ["confusion.json"]
+    assert sorted(seen["pretrain"]) == ["confusion.json", "evaluation", "probes"]
+    assert {"mfu", "val_accuracy_low", "attention_distance/block_00"} <= set(seen["metrics"])
     assert seen["study"] == ["study.json"]
 
 
