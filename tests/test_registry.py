@@ -143,14 +143,7 @@ def finish(
 
 
 def weights(config: RunConfig, value: float) -> dict[str, torch.Tensor]:
-    model = build_model(
-        config.model.family,
-        config.model.size,
-        image_size=config.model.image_size,
-        patch_size=config.model.patch_size,
-        channels=config.model.channels,
-        num_classes=config.model.num_classes,
-    )
+    model = build_model(**config.model.model_dump())
     return {name: torch.full_like(parameter, value) for name, parameter in model.named_parameters()}
 
 
