@@ -1,27 +1,23 @@
 """`vitscale`: the command. Parses, calls a stage, prints; heavy imports wait until a stage needs them."""
 
-import json
 import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from pipelines import data_commands
+from pipelines import data_commands, registry_commands, training_commands
 from pipelines.evaluate_command import evaluate
 from pipelines.inspect_command import inspect
-from pipelines.terminal import AsJson, SiteFile, console, errors, open_site, progress_console
+from pipelines.terminal import console, errors
 from workers.errors import ConfigError, VitscaleError
-from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
-    from orchestrator.registry import Version
+    pass
 
 app = typer.Typer(
     name="vitscale",
@@ -33,22 +29,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ENDS = ("_low", "_high", "_images")
-"""Of intervals' metrics: `vitscale evaluate` shows them."""
 INTERRUPTED = 130
 """What typer exits with after Ctrl-C."""
 
 Directory = Annotated[Path, typer.Option("--dir", help="Where services keep their data and state.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a field, e.g. optim.learning_rate=1e-3. Repeatable.")
-]
-DataRoot = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="URL of a data set as `vitscale ingest` wrote it; or a name below the site's data root.",
-    ),
-]
 
 
 def main() -> None:
@@ -162,307 +146,17 @@ app.command()(data_commands.ingest)
 app.command()(data_commands.index)
 app.command()(data_commands.verify)
 app.command()(data_commands.selftest)
+app.command()(training_commands.recipes)
+app.command()(training_commands.train)
+app.command()(training_commands.finetune)
+app.command()(training_commands.cooldown)
 app.command()(evaluate)
 app.command()(inspect)
-
-
-@app.command()
-def recipes(as_json: AsJson = False) -> None:
-    """The recipes that `vitscale train` knows.
-
-    Example: vitscale recipes
-    """
-    from pipelines.recipes import RECIPES, describe
-
-    rows = [describe(name) for name in RECIPES]
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    table = Table("recipe", "parameters", "pixels", "epochs", "what it is", box=None)
-    for row in rows:
-        parameters = f"{row['parameters'] / 1e6:.1f} M"
-        table.add_row(row["name"], parameters, str(row["image_size"]), f"{row['epochs']:g}", row["about"])
-    console.print(table)
-
-
-@app.command()
-def train(
-    config: Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")],
-    data: DataRoot = None,
-    overrides: Overrides = None,
-    register_as: Annotated[
-        str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
-    ] = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Pretrain on the cluster, attached, and register the result. Interrupted, the same command goes on.
-
-    Example: vitscale train vit-digits --data s3://vitscale/digits --set train.images=50000
-    """
-    where = open_site(site)
-    from pipelines import pretrain
-
-    run = pretrain.read_config(config, where.data_url(data) if data else None, overrides or [])
-    version = pretrain.train(
-        where,
-        run,
-        register_as=register_as or run.name,
-        label=f"train {run.name}",
-        console=progress_console(as_json),
-    )
-    _print_version(version, as_json)
-
-
-@app.command()
-def finetune(
-    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
-    image_size: Annotated[
-        str,
-        typer.Option(
-            help="Pixels per side, or HEIGHTxWIDTH as 224x320; multiples of the model's patch size."
-        ),
-    ],
-    data: DataRoot = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training images.")] = 20.0,
-    recipe: Annotated[
-        str, typer.Option(help="adamw; paper (SGD, as the ViT paper); deit3 (as DeiT-III).")
-    ] = "adamw",
-    overrides: Overrides = None,
-    register_as: Annotated[
-        str | None, typer.Option("--as", help="Name of the registered model. Default: MODEL-<size>px.")
-    ] = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fine-tune a registered checkpoint at another resolution; position embeddings are resampled bicubically.
-
-    Example: vitscale finetune vit-digits@champion --image-size 16
-    """
-    where = open_site(site)
-    from pipelines.finetune import finetune as run_finetune
-    from pipelines.finetune import finetune_config
-
-    run = finetune_config(
-        where,
-        model,
-        image_size=parse_size(image_size),
-        data=where.data_url(data) if data else None,
-        epochs=epochs,
-        recipe=recipe,
-        overrides=overrides or [],
-    )
-    version = run_finetune(where, run, register_as=register_as, console=progress_console(as_json))
-    _print_version(version, as_json)
-
-
-@app.command()
-def cooldown(
-    run: Annotated[str, typer.Argument(help="A run's name, MODEL@ALIAS or MODEL/VERSION.")],
-    images: Annotated[int, typer.Option(help="Images over which the learning rate goes to 0.")],
-    at: Annotated[
-        int | None,
-        typer.Option(help="Start from its newest checkpoint of at most so many images. Default: the newest."),
-    ] = None,
-    overrides: Overrides = None,
-    register_as: Annotated[
-        str | None, typer.Option("--as", help="Name of the registered model. Default: the new run's name.")
-    ] = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Finish a run early: go on from one of its checkpoints with a learning rate that falls to 0.
-
-    Many data points for the price of one long run. Interrupted, the same command goes on.
-
-    Example: vitscale cooldown vit-digits-1a2b3c4d5e --at 40000 --images 8000
-    """
-    where = open_site(site)
-    from pipelines import pretrain
-    from pipelines.cooldown import cooldown_config
-
-    config = cooldown_config(where, run, at=at, images=images, overrides=overrides or [])
-    version = pretrain.train(
-        where,
-        config,
-        register_as=register_as or config.name,
-        label=f"cooldown {config.name}",
-        console=progress_console(as_json),
-    )
-    _print_version(version, as_json)
-
-
-@app.command(name="import")
-def import_(
-    file: Annotated[Path, typer.Argument(help="model.safetensors of timm or Hugging Face, or JAX's .npz.")],
-    model: Annotated[str, typer.Option("--as", help="Name of the registered model.")],
-    image_size: Annotated[
-        str | None, typer.Option(help="What it was trained at; needed for rectangles: HEIGHTxWIDTH.")
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="timm, hf, big_vision or safetensors. Default: told from the names.")
-    ] = None,
-    normalization: Annotated[
-        str, typer.Option(help="What its images were normalised with: half (to -1..1) or imagenet.")
-    ] = "half",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A field of the model that no tensor tells, e.g. activation=gelu."),
-    ] = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Register weights from timm, Hugging Face or big_vision as a model version to fine-tune from.
-
-    Example: vitscale import model.safetensors --as augreg-b16
-    """
-    where = open_site(site)
-    from pipelines.exchange import import_file
-
-    version = import_file(
-        where,
-        file,
-        model,
-        image_size=parse_size(image_size) if image_size else None,
-        format=format,
-        normalization=normalization,
-        overrides=overrides or [],
-    )
-    if as_json:
-        typer.echo(json.dumps(asdict(version)))
-        return
-    pixels = size_text(version.image_size)
-    console.print(f"{version.label}  {pixels} px  {version.run}")
-    console.print(f"fine-tune it: vitscale finetune {version.label} --data URL --image-size {pixels}")
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
-    out: Annotated[Path, typer.Option(help="File to write; a folder for hf. Must not exist.")],
-    format: Annotated[str, typer.Option(help="timm, hf, big_vision or safetensors.")] = "safetensors",
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a registered version's weights as timm, transformers or JAX take them, and say how.
-
-    Example: vitscale export vit-digits@champion --format timm --out vit-digits.safetensors
-    """
-    where = open_site(site)
-    from pipelines.exchange import export_version
-
-    code = export_version(where, model, format, out)
-    typer.echo(json.dumps({"path": str(out), "python": code}) if as_json else code)
-
-
-@app.command()
-def models(
-    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Registered versions with their metrics, parents and aliases.
-
-    Example: vitscale models
-    """
-    where = open_site(site)
-    from orchestrator.registry import Registry
-    from orchestrator.tracking import Tracking
-    from pipelines.pretrain import EXPERIMENT
-
-    registry = Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs)
-    versions = registry.versions(model)
-    holders = {
-        (name, promotion.version, alias)
-        for name in {version.model for version in versions}
-        for alias, promotion in registry.aliases(name).items()
-    }
-    rows = [
-        {**asdict(v), "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version))}
-        for v in versions
-    ]
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    table = Table("model", "version", "aliases", "pixels", "val accuracy", "parent", "run", box=None)
-    for version, row in zip(versions, rows, strict=True):
-        measured = version.metrics.get("val_accuracy")
-        accuracy = "" if measured is None else f"{measured:.2%}"
-        aliases = ", ".join(row["aliases"])
-        table.add_row(
-            version.model,
-            str(version.version),
-            aliases,
-            size_text(version.image_size),
-            accuracy,
-            version.parent,
-            version.run,
-        )
-    console.print(table if rows else "no registered models yet; `vitscale train` makes one")
-
-
-@app.command()
-def promote(
-    model: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[int, typer.Argument(help="Its version.")],
-    to: Annotated[str, typer.Option(help="Alias to move, e.g. champion.")],
-    metric: Annotated[str, typer.Option(help="The gate's metric.")] = "val_accuracy",
-    minimum: Annotated[float, typer.Option(help="What the metric must reach.")] = 0.0,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Move an alias to a version if it passes the gate: the metric and a restore test.
-
-    Example: vitscale promote vit-digits 1 --to champion --minimum 0.9
-    """
-    where = open_site(site)
-    from orchestrator.registry import Gate
-    from pipelines.promote import promote as run_promote
-
-    promotion = run_promote(where, f"{model}/{version}", to, Gate(metric, minimum))
-    if as_json:
-        typer.echo(json.dumps(asdict(promotion)))
-        return
-    console.print(
-        f"{model}@{to} is version {promotion.version}: {promotion.metric} {promotion.value:.4f}, "
-        "restore test passed"
-    )
-
-
-@app.command()
-def scale(
-    study: Annotated[str, typer.Argument(help="YAML file of a study, or `small`.")],
-    data: DataRoot = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train a ladder of model sizes and data sizes, ViT and ResNet, and fit power laws.
-
-    Runs that are finished are not trained again.
-
-    Example: vitscale scale small --data s3://vitscale/digits
-    """
-    where = open_site(site)
-    from pipelines.scaling import ladder
-
-    plan = ladder.read_study(study, where.data_url(data) if data else None)
-    results = ladder.run_study(where, plan, progress_console(as_json))
-    laws = ladder.fit_laws(results)
-    if as_json:
-        typer.echo(json.dumps(ladder.as_rows(results, laws)))
-        return
-    console.print(ladder.as_table(results, laws))
-
-
-def _print_version(version: "Version", as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(asdict(version)))
-        return
-    shown = {name: value for name, value in version.metrics.items() if not name.endswith(ENDS)}
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-    parent = f"  parent {version.parent}" if version.parent else ""
-    console.print(f"{version.label}  {size_text(version.image_size)} px  {metrics}{parent}")
-    console.print(f"promote it: vitscale promote {version.model} {version.version} --to champion")
+app.command()(registry_commands.models)
+app.command()(registry_commands.promote)
+app.command(name="import")(registry_commands.import_weights)
+app.command()(registry_commands.export)
+app.command()(training_commands.scale)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipelines.terminal import AsJson, SiteFile, bar, console, open_site, site_if_any
 from workers.errors import ConfigError
+from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
     from pipelines.evaluate import Report
@@ -68,7 +69,7 @@ def evaluate(
 
     Example: vitscale evaluate vit-digits/3 --data s3://vitscale/digits --few-shot 1,5,10 --image-size 16
     """
-    shots, size = _shots(few_shot), _image_size(image_size)
+    shots, size = _shots(few_shot), parse_size(image_size) if image_size else None
     where = site_if_any(site) if "://" in model and (data is None or "://" in data) else open_site(site)
     from pipelines import evaluate as stage
 
@@ -93,9 +94,7 @@ def evaluate(
 
 def _print(report: "Report") -> None:
     result = report.result
-    size = "x".join(
-        map(str, [report.image_size] if isinstance(report.image_size, int) else report.image_size)
-    )
+    size = size_text(report.image_size)
     console.print(
         f"{report.checkpoint.name} at {size} px, {result.num_images:,} images of {report.data}, on "
         f"{report.device}\n",
@@ -182,13 +181,3 @@ def _shots(text: str | None) -> list[int]:
     if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
         raise ConfigError(f"--few-shot {text}: expected numbers with commas between, such as 1,5,10")
     return sorted({int(count) for count in text.split(",")})
-
-
-def _image_size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
-    if not match:
-        raise ConfigError(f"--image-size {text}: expected pixels such as 384, or HEIGHTxWIDTH")
-    height, width = match.groups()
-    return (int(height), int(width)) if width else int(height)

@@ -22,6 +22,16 @@ SiteFile = Annotated[
     Path | None,
     typer.Option("--site", help="Site file with the services' addresses. Default: .vitscale/site.yaml"),
 ]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field, e.g. optim.learning_rate=1e-3. Repeatable.")
+]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="URL of a data set as `vitscale ingest` wrote it; or a name below the site's data root.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from tests.distributed import on_ranks
 from tests.runs import BATCH, CPU, copy_cut, head_manifest, losses, outcome, tensors, tiny_config, train_on
 from workers.config import ComputeConfig
+from workers.errors import ConfigError
 from workers.models import build_model
 from workers.storage import open_store
 from workers.training.checkpoint import load_full
@@ -201,3 +202,12 @@ def test_a_single_worker_on_a_cpu_shards_nothing():
         difference, size = (np.linalg.norm(value) for value in (rounded[name] - gradient, gradient))
         assert rounded[name].dtype == np.float32
         assert 0 < difference < 0.05 * size + 1e-3, name
+
+
+def test_shard_groups_that_do_not_fill_up_are_refused(digits_url, store_url):
+    """Here on fewer workers than were asked for; half of the rows would be in no checkpoint."""
+    config = tiny_config(digits_url, "compute.workers=4", "compute.shard_workers=2", steps=1)
+    with pytest.raises(
+        ConfigError, match=r"compute\.shard_workers 2 does not divide the 3 workers that there"
+    ):
+        train_on(3, config, store_url)

@@ -145,7 +145,7 @@ def parse_size(text: str) -> int | tuple[int, int]:
     """The reverse of `size_text`; ConfigError where it is none."""
     match = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
     if match is None:
-        raise ConfigError(f"image size {text!r}: expected pixels per side as 224, or HEIGHTxWIDTH as 224x320")
+        raise ConfigError(f"--image-size {text}: expected pixels per side as 224, or HEIGHTxWIDTH as 224x320")
     height, width = image_shape((int(match[1]), int(match[2] or match[1])))
     return height if height == width else (height, width)
 

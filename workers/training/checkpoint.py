@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from workers.config import ModelConfig, RunConfig, make_config, make_model_config
 from workers.errors import CheckpointError
 from workers.storage import NotFound, Store, open_store
 from workers.training.parallel import ShardPlace
+from workers.training.rows import local
 
 FORMAT = 2
 """Format 1 had no `num_shards`: each rank wrote a part."""
@@ -182,7 +182,7 @@ def write_shards(store: Store, directory: str, training: Training, place: ShardP
     for prefix, tensors in training.tensors().items():
         name = object_name(KINDS[prefix], place.index, place.count)
         if place.writes:
-            rows = {key: _local(value).detach().contiguous().cpu() for key, value in tensors.items()}
+            rows = {key: local(value).detach().contiguous().cpu() for key, value in tensors.items()}
             data = safetensors.torch.save(rows)
             store.create(f"{directory}/{name}", data)
             written.objects[KINDS[prefix]] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -338,7 +338,7 @@ def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor], place: ShardPla
     rank, world_size = place.index, place.count
     saved_size = objects.manifest.num_shards
     for name, value in tensors.items():
-        local = _local(value)
+        own = local(value)
         num_rows = objects.manifest.shapes[name][0]
         start, stop = _rows(num_rows, rank, world_size)
         for saved_rank in range(saved_size):
@@ -346,17 +346,13 @@ def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor], place: ShardPla
             first, last = max(start, saved_start), min(stop, saved_stop)
             if first < last:
                 source = objects.rows(saved_rank, name)
-                local[first - start : last - start].copy_(source[first - saved_start : last - saved_start])
+                own[first - start : last - start].copy_(source[first - saved_start : last - saved_start])
 
 
 def _rows(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
     """Rows of a rank when `torch.chunk` splits dimension 0: ceil(n/w) each until none are left."""
     share = math.ceil(num_rows / world_size)
     return min(rank * share, num_rows), min((rank + 1) * share, num_rows)
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _as_numbers(entry: dict[str, Any]) -> list[int]:

@@ -19,7 +19,12 @@ def check_compute(config: RunConfig, device: torch.device) -> None:
     """
     problem = ""
     fewest = config.data.lanes // dist.get_world_size()
-    if config.compute.readers > fewest:
+    if dist.get_world_size() % (config.compute.shard_workers or 1):
+        problem = (
+            f"compute.shard_workers {config.compute.shard_workers} does not divide the "
+            f"{dist.get_world_size()} workers that there are; ask for as many as do"
+        )
+    elif config.compute.readers > fewest:
         problem = (
             f"compute.readers {config.compute.readers}: a worker has {fewest} of data.lanes "
             f"{config.data.lanes}; ask for fewer readers, or raise data.lanes"

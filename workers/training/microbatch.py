@@ -9,6 +9,7 @@ from torch import nn
 
 from workers.config import RunConfig
 from workers.training.parallel import DTYPES
+from workers.training.rows import locals_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def _fitting(model: nn.Module, config: RunConfig, device: torch.device) -> int:
     """Images whose step fits, with the optimizer's moments that are not there yet."""
     small, large = (_peak_bytes(model, config, images, device) for images in PROBED)
     per_image = max(1.0, (large - small) / (PROBED[1] - PROBED[0]))
-    sharded = sum(_local_bytes(parameter) for parameter in model.parameters())
+    sharded = sum(rows.nbytes for rows in locals_of(model.parameters()))
     moments = (MOMENTS[config.optim.optimizer] + bool(config.optim.ema_images)) * sharded
     total = torch.cuda.get_device_properties(device).total_memory * (1 - RESERVE)
     return int((total - moments - small) / per_image) + PROBED[0]
@@ -61,8 +62,3 @@ def _peak_bytes(model: nn.Module, config: RunConfig, images: int, device: torch.
         parameter.grad = None
     torch.cuda.empty_cache()
     return int(peak)
-
-
-def _local_bytes(parameter: torch.Tensor) -> int:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return int(local.numel() * local.element_size())

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from workers.training.rows import locals_of
+from workers.training.rows import with_momentum
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -35,11 +35,7 @@ class Muon(Optimizer):
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
                 continue
-            for parameter in params:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            weights, gradients = locals_of(params), locals_of(parameter.grad for parameter in params)
-            momenta = locals_of(self.state[parameter]["momentum_buffer"] for parameter in params)
+            weights, gradients, momenta = with_momentum(self, params)
             torch._foreach_lerp_(momenta, gradients, 1 - momentum)
             updates = torch._foreach_lerp(gradients, momenta, momentum)
             torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])

@@ -14,7 +14,7 @@ from workers.config import OptimConfig
 from workers.errors import ConfigError
 from workers.training.lamb import Lamb
 from workers.training.muon import Muon
-from workers.training.rows import locals_of
+from workers.training.rows import locals_of, with_momentum
 
 EMBEDDINGS = ("cls_token", "reg_token", "pos_embed", "patch_embed", "conv1", "norm1")
 """What lies before the first block; the last two are of ResNets."""
@@ -102,11 +102,7 @@ class SGD(Optimizer):
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not params:
                 continue
-            for parameter in params:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            weights, gradients = locals_of(params), locals_of(parameter.grad for parameter in params)
-            momenta = locals_of(self.state[parameter]["momentum_buffer"] for parameter in params)
+            weights, gradients, momenta = with_momentum(self, params)
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, gradients)
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

@@ -1,0 +1,148 @@
+"""Commands on registered versions: parse, call a stage, print."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.terminal import AsJson, SiteFile, console, open_site
+from workers.models.sizes import parse_size, size_text
+
+if TYPE_CHECKING:
+    pass
+
+
+def models(
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Registered versions with their metrics, parents and aliases.
+
+    Example: vitscale models
+    """
+    where = open_site(site)
+    from orchestrator.registry import Registry
+    from orchestrator.tracking import Tracking
+    from pipelines.pretrain import EXPERIMENT
+
+    registry = Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs)
+    versions = registry.versions(model)
+    holders = {
+        (name, promotion.version, alias)
+        for name in {version.model for version in versions}
+        for alias, promotion in registry.aliases(name).items()
+    }
+    rows = [
+        {**asdict(v), "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version))}
+        for v in versions
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table("model", "version", "aliases", "pixels", "val accuracy", "parent", "run", box=None)
+    for version, row in zip(versions, rows, strict=True):
+        measured = version.metrics.get("val_accuracy")
+        accuracy = "" if measured is None else f"{measured:.2%}"
+        aliases = ", ".join(row["aliases"])
+        table.add_row(
+            version.model,
+            str(version.version),
+            aliases,
+            size_text(version.image_size),
+            accuracy,
+            version.parent,
+            version.run,
+        )
+    console.print(table if rows else "no registered models yet; `vitscale train` makes one")
+
+
+def promote(
+    model: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int, typer.Argument(help="Its version.")],
+    to: Annotated[str, typer.Option(help="Alias to move, e.g. champion.")],
+    metric: Annotated[str, typer.Option(help="The gate's metric.")] = "val_accuracy",
+    minimum: Annotated[float, typer.Option(help="What the metric must reach.")] = 0.0,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias to a version if it passes the gate: the metric and a restore test.
+
+    Example: vitscale promote vit-digits 1 --to champion --minimum 0.9
+    """
+    where = open_site(site)
+    from orchestrator.registry import Gate
+    from pipelines.promote import promote as run_promote
+
+    promotion = run_promote(where, f"{model}/{version}", to, Gate(metric, minimum))
+    if as_json:
+        typer.echo(json.dumps(asdict(promotion)))
+        return
+    console.print(
+        f"{model}@{to} is version {promotion.version}: {promotion.metric} {promotion.value:.4f}, "
+        "restore test passed"
+    )
+
+
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="model.safetensors of timm or Hugging Face, or JAX's .npz.")],
+    model: Annotated[str, typer.Option("--as", help="Name of the registered model.")],
+    image_size: Annotated[
+        str | None, typer.Option(help="What it was trained at; needed for rectangles: HEIGHTxWIDTH.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="timm, hf, big_vision or safetensors. Default: told from the names.")
+    ] = None,
+    normalization: Annotated[
+        str, typer.Option(help="What its images were normalised with: half (to -1..1) or imagenet.")
+    ] = "half",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the model that no tensor tells, e.g. activation=gelu."),
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Register weights from timm, Hugging Face or big_vision as a model version to fine-tune from.
+
+    Example: vitscale import model.safetensors --as augreg-b16
+    """
+    where = open_site(site)
+    from pipelines.exchange import import_file
+
+    version = import_file(
+        where,
+        file,
+        model,
+        image_size=parse_size(image_size) if image_size else None,
+        format=format,
+        normalization=normalization,
+        overrides=overrides or [],
+    )
+    if as_json:
+        typer.echo(json.dumps(asdict(version)))
+        return
+    pixels = size_text(version.image_size)
+    console.print(f"{version.label}  {pixels} px  {version.run}")
+    console.print(f"fine-tune it: vitscale finetune {version.label} --data URL --image-size {pixels}")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
+    out: Annotated[Path, typer.Option(help="File to write; a folder for hf. Must not exist.")],
+    format: Annotated[str, typer.Option(help="timm, hf, big_vision or safetensors.")] = "safetensors",
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a registered version's weights as timm, transformers or JAX take them, and say how.
+
+    Example: vitscale export vit-digits@champion --format timm --out vit-digits.safetensors
+    """
+    where = open_site(site)
+    from pipelines.exchange import export_version
+
+    code = export_version(where, model, format, out)
+    typer.echo(json.dumps({"path": str(out), "python": code}) if as_json else code)
