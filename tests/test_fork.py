@@ -70,6 +70,19 @@ def test_a_fork_names_its_origin_and_resumes_as_any_run(long, tmp_path):
         assert value.equal(tensors(whole, head_manifest(whole))[name]), name
 
 
+def test_an_average_that_the_origin_did_not_have_begins_at_its_weights(digits_url, store_url, tmp_path):
+    plain, url = tiny_config(digits_url, *LONG[:2], steps=20), (tmp_path / "plain").as_uri()
+    train_on(1, plain, url)
+    values = fork_cooldown(plain, fork_at(url, 10), 10 * BATCH, 2 * BATCH).model_dump(mode="json")
+    # At such a rate the weights stay what they were, and so does an average that began there.
+    changes = ["optim.ema_images=1000000", "optim.learning_rate=1e-9"]
+    train_on(1, make_config(override(values, changes)), store_url)
+    saved = tensors(store_url, head_manifest(store_url))
+    for name, value in saved.items():
+        if name.startswith("average."):
+            assert (saved[name.removeprefix("average.")] - value).abs().max() < 1e-6, name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

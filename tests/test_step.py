@@ -17,13 +17,13 @@ from workers.training.stochastic_depth import keep_factors
 IDS = np.random.default_rng(0).integers(0, 2**63, 4000, dtype=np.uint64)
 
 
-def spec(**changes):
+def model(**changes):
     values = {"size": "digits", "image_size": 8, "patch_size": 2, "num_classes": 10, "drop_path": 0.3}
-    return ModelConfig(**values, **changes).spec
+    return ModelConfig(**(values | changes))
 
 
 def test_each_block_skips_its_share_of_branches_and_keeps_the_mean():
-    keep = keep_factors(spec(), IDS, seed=1, step=2)
+    keep = keep_factors(model(), IDS, seed=1, step=2)
     assert (keep.shape, keep.dtype) == ((4, 2, len(IDS)), torch.float32)
     assert bool((keep[0] == 1).all())
     for block, rate in enumerate([0, 0.1, 0.2, 0.3]):
@@ -31,17 +31,18 @@ def test_each_block_skips_its_share_of_branches_and_keeps_the_mean():
         assert values.tolist() == pytest.approx([0, 1 / (1 - rate)] if rate else [1])
         # Five standard deviations of a share of 8,000 draws.
         assert (keep[block] == 0).float().mean().item() == pytest.approx(rate, abs=5 * (0.25 / 8000) ** 0.5)
-    uniform = keep_factors(spec(drop_path_uniform=True), IDS, seed=1, step=2)
+    uniform = keep_factors(model(drop_path_uniform=True), IDS, seed=1, step=2)
     assert ((uniform == 0).float().mean(dim=(1, 2)) - 0.3).abs().max() < 0.03
-    assert keep_factors(spec().__class__(**{**vars(spec()), "drop_path": 0.0}), IDS, seed=1, step=2) is None
+    assert keep_factors(model(drop_path=0.0), IDS, seed=1, step=2) is None
+    assert keep_factors(model(family="resnet", size="8"), IDS, seed=1, step=2) is None
 
 
 def test_what_is_skipped_depends_on_seed_step_and_sample_alone():
-    keep = keep_factors(spec(), IDS, seed=1, step=2)
+    keep = keep_factors(model(), IDS, seed=1, step=2)
     order = np.random.default_rng(1).permutation(len(IDS))
-    assert torch.equal(keep_factors(spec(), IDS[order], seed=1, step=2), keep[:, :, order])
+    assert torch.equal(keep_factors(model(), IDS[order], seed=1, step=2), keep[:, :, order])
     for other in ({"seed": 2, "step": 2}, {"seed": 1, "step": 3}):
-        differing = (keep_factors(spec(), IDS, **other)[3, 0] != keep[3, 0]).float().mean()
+        differing = (keep_factors(model(), IDS, **other)[3, 0] != keep[3, 0]).float().mean()
         assert differing.item() == pytest.approx(2 * 0.3 * 0.7, abs=0.05)
     together = np.corrcoef(keep[2:].reshape(4, -1).numpy())
     assert np.abs(together - np.eye(4)).max() < 0.08

@@ -217,7 +217,10 @@ class WrittenShards:
 
 
 def load_into(store: Store, manifest: Manifest, training: Training, place: ShardPlace) -> None:
-    """Model, optimizers and average become the checkpoint's, whatever its parts were; every rank calls it."""
+    """Model, optimizers and average become the checkpoint's, whatever its parts were; every rank calls it.
+
+    Where it has no average, one begins at its weights.
+    """
     parameters = dict(training.model.named_parameters())
     check_shapes(manifest, {name: list(value.shape) for name, value in parameters.items()})
     owners = training.owners()
@@ -233,9 +236,11 @@ def load_into(store: Store, manifest: Manifest, training: Training, place: Shard
         owners[parameter].state[parameter][scalar] = torch.tensor(value, device=device)
     saved_average = any(name.startswith(AVERAGE) for name in manifest.shapes)
     for prefix, tensors in training.tensors().items():
-        if prefix == AVERAGE and not saved_average:
-            continue
-        _copy_rows(_Objects(store, manifest, KINDS[prefix]), tensors, place)
+        if prefix != AVERAGE or saved_average:
+            _copy_rows(_Objects(store, manifest, KINDS[prefix]), tensors, place)
+    if not saved_average:
+        for name, mean in training.average.items():
+            local(mean).copy_(local(parameters[name].detach()))
 
 
 def _owner(

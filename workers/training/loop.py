@@ -87,8 +87,7 @@ def _train_under(
         load_parent(config.init, model)
         if config.init.new_head:
             _set_head_bias(config, model)
-        if rank == 0:
-            resize = describe_resize(config.init, model, config.model, validation)
+        resize = describe_resize(config.init, model, config.model, validation, device)
     model = parallelize(model, config.compute, config.train.precision, device)
     share = sum(source.share(world_size) for source in sources)
     microbatch_size = choose_microbatch_size(model, config, share, device)

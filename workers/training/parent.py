@@ -1,10 +1,12 @@
 """The weights that fine-tuning starts from: another run's, for another resolution or other classes."""
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from workers.config import InitConfig, ModelConfig
 from workers.data.index import DatasetIndex
-from workers.errors import ConfigError
+from workers.errors import ConfigError, DataError
 from workers.models.resample_report import resample_report
 from workers.models.sizes import patch_grid
 from workers.models.vit import VisionTransformer
@@ -12,6 +14,7 @@ from workers.models.weights import adapt_state_dict
 from workers.probes import first_images
 from workers.training.checkpoint import load_full, open_manifest
 from workers.training.evaluate import normalize
+from workers.training.parallel import first_text
 from workers.training.restore import load_model
 
 REPORTED_IMAGES = 32
@@ -33,9 +36,24 @@ def load_parent(init: InitConfig, model: nn.Module) -> None:
 
 
 def describe_resize(
+    init: InitConfig, model: nn.Module, config: ModelConfig, validation: DatasetIndex, device: torch.device
+) -> dict[str, float]:
+    """What the change of resolution did, before any training: see `resample_report`. Every rank calls it,
+    and the first one gets the figures."""
+    figures, problem = {}, ""
+    if dist.get_rank() == 0:
+        try:
+            figures = _figures(init, model, config, validation)
+        except DataError as error:
+            problem = str(error)
+    if problem := first_text(problem, device):
+        raise DataError(problem)
+    return figures
+
+
+def _figures(
     init: InitConfig, model: nn.Module, config: ModelConfig, validation: DatasetIndex
 ) -> dict[str, float]:
-    """What the change of resolution did, before any training: see `resample_report`."""
     assert isinstance(model, VisionTransformer)
     parent, _ = load_model(init.manifest, init.digest)
     assert isinstance(parent, VisionTransformer)

@@ -45,10 +45,8 @@ def train_step(
             step=step,
             num_classes=model_config.num_classes,
         )
-    keep = None
-    if model_config.drop_path:
-        keep = keep_factors(model_config.spec, batch.ids, seed=config.seed, step=step)
-        assert keep is not None
+    keep = keep_factors(model_config, batch.ids, seed=config.seed, step=step)
+    if keep is not None:
         keep = to_device(keep, images.device)
     parts = list(_microbatches(len(labels), microbatch_size))
     for rows in parts:

@@ -6,17 +6,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.models.sizes import ViTSpec
+from workers.config import ModelConfig
 from workers.models.vit import drop_path_rates
 
 BRANCHES = 2
 
 
-def keep_factors(spec: ViTSpec, ids: npt.NDArray[np.uint64], *, seed: int, step: int) -> torch.Tensor | None:
+def keep_factors(
+    model: ModelConfig, ids: npt.NDArray[np.uint64], *, seed: int, step: int
+) -> torch.Tensor | None:
     """(depth, 2, n) float32 for the samples of these ids: 0 where a branch is skipped, else 1 / (1 - rate),
-    which leaves its mean as it is (Huang et al. 2016). None where nothing is skipped."""
-    if not spec.drop_path:
+    which leaves its mean as it is (Huang et al. 2016). None: nothing is, as in a ResNet."""
+    if not model.drop_path or model.family == "resnet":
         return None
+    spec = model.spec
     rates = np.repeat(np.asarray(drop_path_rates(spec), np.float32), BRANCHES)[:, None]
     key = hashlib.shake_128(f"drop path {seed} {step}".encode()).digest(8 * len(rates))
     keys = np.frombuffer(key, np.uint64)[:, None]
