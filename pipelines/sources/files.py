@@ -7,7 +7,7 @@ import stat
 import tempfile
 import urllib.parse
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,9 +215,10 @@ class Unpacked:
         """Fewer bytes only at the end."""
         return os.pread(self._handle, length, start)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        """`close` is bound now: when the interpreter ends, `os` may already be gone."""
         if self._handle >= 0:
-            os.close(self._handle)
+            close(self._handle)
 
 
 @functools.lru_cache(maxsize=2)

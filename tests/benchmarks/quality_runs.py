@@ -47,7 +47,7 @@ class Effort:
     """Of fine-tuning, the control first."""
     pretrain_epochs: float = 200
     finetune_epochs: float = 30
-    cifar_epochs: float = 50
+    cifar_epochs: float = 150
     limit: int | None = None
     """Images of each data set."""
 
@@ -178,7 +178,7 @@ def _cifar(
         optim=OptimConfig(
             learning_rate=rate, weight_decay=0.05, warmup_images=images // 10, label_smoothing=0.1
         ),
-        train=_training(place, images, 256),
+        train=_training(place, images, 512),
         compute=place.compute,
     )
 

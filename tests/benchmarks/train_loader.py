@@ -116,7 +116,7 @@ def _config(args: argparse.Namespace, scratch: Path) -> RunConfig:
             "data": {
                 "url": (scratch / "train").as_uri(),
                 "validation_url": (scratch / "validation").as_uri(),
-                "lanes": 16,
+                "lanes": min(64, args.batch),
             },
             "optim": {"learning_rate": 1e-4, "warmup_images": images},
             "train": {
