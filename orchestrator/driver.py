@@ -6,23 +6,35 @@ python -P -m orchestrator.driver RUNS_URL SPEC_DIGEST JOB_ID
 import contextlib
 import logging
 import os
+import signal
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.autoscaler.sdk import request_resources
 
-from orchestrator.job import JobSpec, is_complete, read_spec, run_head, run_url, write_failure, write_note
+from orchestrator.attempt import Attempt
+from orchestrator.capacity import room
+from orchestrator.job import (
+    JobSpec,
+    is_complete,
+    read_spec,
+    read_stop,
+    run_head,
+    write_done,
+    write_failure,
+    write_note,
+    write_stop,
+)
+from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
-from orchestrator.tracking import JobRuns, Tracking
-from workers.config import ComputeConfig, RunConfig
+from orchestrator.tracking import JobRuns
+from workers.config import RunConfig
 from workers.errors import ConfigError, DataError, VitscaleError
-from workers.ray_entry import train_entry
-from workers.storage import open_store, probe
+from workers.storage import Unavailable, open_store, probe
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +42,17 @@ RESTARTS = 3
 """Worker groups that may die without a new commit before the job gives up."""
 LOST_NODE_SECONDS = 300.0
 """How long a job waits for a cluster of fixed size to get back a node that it lost."""
+SETTLE_SECONDS = 5.0
+"""How long the resources of a group that has ended may take to be free again."""
 POLL_SECONDS = 1.0
+TRACKING_PATIENCE = 600.0
+"""How long a job that is done waits for MLflow to hear of it."""
+STOP_SECONDS = STOP_WAIT_SECONDS - 10
+"""For a commit and the end, of those that Ray leaves a job that it stops."""
+
+
+class Stopped(Exception):
+    """Committed and ended, because somebody wished it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +62,11 @@ def main(arguments: Sequence[str]) -> int:
         # Ray tells its jobs alone which cluster is theirs; Ray Train's helpers have to know it too.
         address = os.environ["RAY_ADDRESS"]
         ray.init(address, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
+        _stop_in_time(runs, job)
         run_job(read_spec(runs, digest), job)
+    except Stopped as stopped:
+        log.info("%s", stopped)
+        return 1
     except VitscaleError as error:
         log.error("%s", error)
         with contextlib.suppress(DataError):
@@ -49,88 +75,109 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _stop_in_time(runs: str, job: str) -> None:
+    """SIGTERM, which is how Ray stops a job, has the workers commit and end; if that takes too long, it
+    ends this process as it is."""
+
+    def at_term(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
+        # Not here: a signal handler may have interrupted whatever holds the locks that this needs.
+        threading.Thread(target=write_stop, args=(open_store(runs), job, "the job is stopped")).start()
+
+    def at_alarm(number: int, frame: object) -> None:
+        raise SystemExit(1)
+
+    signal.signal(signal.SIGTERM, at_term)
+    signal.signal(signal.SIGALRM, at_alarm)
+
+
 def run_job(spec: JobSpec, job: str) -> None:
     problem = probe(open_store(spec.runs))
     if problem:
         raise DataError(f"{spec.runs} cannot hold runs: {problem}; use file:// or another S3 server for runs")
-    tracking = Tracking(spec.mlflow, spec.experiment)
-    runs = JobRuns(tracking, spec)
+    runs = JobRuns(spec)
     try:
         with runs:
             _fit_all(spec, job)
     except BaseException as error:
         # SystemExit is Ray's way to stop a job. What went wrong matters more than that MLflow is down too.
+        stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
         with contextlib.suppress(DataError):
-            runs.end("FAILED" if isinstance(error, Exception) else "KILLED")
+            runs.end("KILLED" if stopped else "FAILED")
         raise
     try:
-        runs.end("FINISHED")
+        tracking = runs.end("FINISHED", patience=TRACKING_PATIENCE)
         if spec.register_as:
             registry = Registry(tracking.client, spec.runs)
             for config in spec.configs:
                 registry.register(spec.register_as, config, runs.ids[config.run])
     except DataError as error:
-        raise DataError(
+        kind = Unavailable if isinstance(error, Unavailable) else DataError
+        raise kind(
             f"training is complete and committed, but not recorded: {error}; then the same command records it"
         ) from error
+    write_done(open_store(spec.runs), spec.digest)
 
 
 def _fit_all(spec: JobSpec, job: str) -> None:
     configs = _incomplete(spec.runs, spec.configs)
     if not configs:
         return
-    _await_room(spec, job, patience=0)
     compute = configs[0].compute
-    groups = share_out(configs, max(1, count_slots(ray.nodes(), compute) // compute.workers))
+    size = _await_room(spec, job, patience=0)
+    if spec.autoscaling and len(compute.worker_counts) > 1:
+        bundle = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
+        request_resources(bundles=[bundle] * compute.worker_counts[-1])
+    groups = share_out(configs, max(1, room(compute).total // size))
     if len(groups) == 1:
         _fit(spec, job, groups[0])
         return
     # Each group's driver is a task without resources of its own. When one fails, the others go on.
     fit = ray.remote(num_cpus=0, max_retries=RESTARTS)(_fit)
     pending = [fit.remote(spec, job, group) for group in groups]
-    failure: VitscaleError | None = None
+    failure: Exception | None = None
     while pending:
         (done,), pending = ray.wait(pending)
         try:
             ray.get(done)
         except ray.exceptions.RayError as error:
-            failure = failure or _as_ours(error)
+            # Ray makes an error of a task's an instance of its own class, too.
+            failure = failure or (Stopped(job) if isinstance(error, Stopped) else _as_ours(error))
     if failure:
         raise failure
 
 
-def _await_room(spec: JobSpec, job: str, *, patience: float) -> None:
-    """ConfigError if the nodes of a cluster of fixed size cannot hold one worker group.
+def _await_room(spec: JobSpec, job: str, *, patience: float) -> int:
+    """How many workers the next group has; ConfigError if there is no room for the fewest.
 
     A cluster that adds nodes does so for what Ray Train asks of it, so there is nothing to wait for here.
     """
     compute = spec.configs[0].compute
-    deadline = time.monotonic() + patience
-    while (slots := count_slots(ray.nodes(), compute)) < compute.workers:
+    fewest, most = compute.worker_counts[0], compute.worker_counts[-1]
+    start = time.monotonic()
+    while True:
+        now = room(compute)
+        size = now.fits(compute) if fewest < most else (most if now.total >= most else None)
+        waited = time.monotonic() - start
+        if size is not None and (size == most or fewest == most or waited >= SETTLE_SECONDS):
+            return size
         each = f"{compute.cpus_per_worker} CPU"
         if compute.gpus_per_worker:
             each += f" and {compute.gpus_per_worker} GPU"
-        lack = f"{compute.workers} workers of {each} each; the cluster's nodes have room for {slots}"
-        if spec.autoscaling:
+        lack = f"{fewest} workers of {each} each; the cluster's nodes have room for {now.total}"
+        if size is None and spec.autoscaling:
             _note(spec, job, f"waiting for nodes for {lack}")
-            return
-        if time.monotonic() >= deadline:
+            return fewest
+        if size is None and waited >= max(patience, SETTLE_SECONDS if now.total >= fewest else 0):
             raise ConfigError(
                 f"compute.workers: no room for {lack}. Ask for less or, if the cluster adds nodes on "
                 "demand, put `autoscaling: true` into the site file"
             )
-        _note(spec, job, f"waiting for lost nodes: no room for {lack}")
+        if size is None:
+            _note(spec, job, f"waiting for lost nodes: no room for {lack}")
+        if reason := read_stop(open_store(spec.runs), spec.digest, job):
+            raise Stopped(reason)
         time.sleep(POLL_SECONDS)
-
-
-def count_slots(nodes: Iterable[Mapping[str, Any]], compute: ComputeConfig) -> int:
-    """Workers that the nodes, as `ray.nodes()` has them, hold when nothing else runs; none spans two."""
-    wanted = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
-    return sum(
-        min(int(node["Resources"].get(name, 0) // amount) for name, amount in wanted.items() if amount)
-        for node in nodes
-        if node["Alive"]
-    )
 
 
 def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunConfig]]:
@@ -152,10 +199,14 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
     """
     failures: dict[str, VitscaleError] = {}
     deaths, progress = 0, _images_seen(spec.runs, group)
+    patience = 0.0
     while waiting := _incomplete(spec.runs, [c for c in group if c.run not in failures]):
+        size = _await_room(spec, job, patience=patience)
+        patience = LOST_NODE_SECONDS
+        attempt = Attempt(spec, job, waiting, size)
         try:
-            with tempfile.TemporaryDirectory(prefix="vitscale-") as scratch:
-                _trainer(spec.runs, waiting, scratch).fit()
+            attempt.run()
+            _make_way(spec, job, attempt)
             continue
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             cause = _as_ours(error)
@@ -171,27 +222,18 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
         else:
             log.warning("the worker group died at image %d, starting it again: %s", progress, cause)
             _note(spec, job, f"a worker died; starting again from image {progress:,}")
-            _await_room(spec, job, patience=LOST_NODE_SECONDS)
     if failures:
         raise next(iter(failures.values()))
 
 
-def _trainer(runs: str, group: Sequence[RunConfig], scratch: str) -> TorchTrainer:
-    compute = group[0].compute
-    resources = {"CPU": compute.cpus_per_worker}
-    if compute.gpus_per_worker:
-        resources["GPU"] = compute.gpus_per_worker
-    return TorchTrainer(
-        train_entry,
-        train_loop_config={
-            "runs": [{"config": c.model_dump(mode="json"), "url": run_url(runs, c)} for c in group]
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        # Ray keeps its own notes here; checkpoints and their log are ours, Ray is never given one.
-        run_config=ray.train.RunConfig(name=group[0].run, storage_path=scratch),
-    )
+def _make_way(spec: JobSpec, job: str, attempt: Attempt) -> None:
+    """After a group has ended by itself; Stopped if its job is to end with it."""
+    if attempt.reason is None or not _incomplete(spec.runs, attempt.runs):
+        return
+    if reason := read_stop(open_store(spec.runs), spec.digest, job):
+        raise Stopped(reason)
+    log.info("the worker group has made way: %s", attempt.reason)
+    _note(spec, job, f"{attempt.reason}; going on from the commit made for it")
 
 
 def _incomplete(runs: str, configs: Sequence[RunConfig]) -> list[RunConfig]:

@@ -4,6 +4,7 @@ The specification is written under its own digest and holds no secret; the entry
 same fixed command with that digest, so nothing that a person typed ever reaches a shell.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,12 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 from workers.config import Part, RunConfig
 from workers.config_text import explain
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
-from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
+from workers.storage import AlreadyExists, NotFound, Store, Unavailable, join_url, open_store
 from workers.training.commits import Commit, CommitLog
 
 FAMILIES: dict[str, type[VitscaleError]] = {
-    family.__name__: family for family in (ConfigError, DataError, CheckpointError, VitscaleError)
+    family.__name__: family
+    for family in (ConfigError, Unavailable, DataError, CheckpointError, VitscaleError)
 }
+"""The first that fits says what an error is: one that passes with time, for Unavailable."""
 
 
 class JobSpec(Part):
@@ -119,12 +122,95 @@ def read_note(store: Store, job: str) -> str:
 
 def clear_reports(store: Store, job: str) -> None:
     """Ray forgets its jobs when its head is lost, and their names come again."""
-    store.delete(_failure_key(job))
-    store.delete(_note_key(job))
+    for key in (_failure_key(job), _note_key(job), _stop_key(job)):
+        store.delete(key)
+
+
+def wish(store: Store, digest: str, *, running: bool) -> None:
+    """What its user wants of a specification's job: that it gets done, or that it stops."""
+    store.write(_wish_key(digest), json.dumps({"running": running}).encode())
+    if running:
+        store.delete(_done_key(digest))
+
+
+def is_wished(store: Store, digest: str) -> bool:
+    """Is this specification to get done? Not if nobody ever asked for that, or somebody stopped it."""
+    try:
+        return bool(json.loads(store.read(_wish_key(digest)))["running"])
+    except NotFound:
+        return False
+
+
+def write_stop(store: Store, job: str, reason: str) -> None:
+    """This job is to commit and end; whether another takes its place is not said."""
+    store.write(_stop_key(job), reason.encode())
+
+
+def read_stop(store: Store, digest: str, job: str) -> str | None:
+    """Why a job is to commit and end; None if it is to go on."""
+    with contextlib.suppress(NotFound):
+        return store.read(_stop_key(job)).decode()
+    with contextlib.suppress(NotFound):
+        if not json.loads(store.read(_wish_key(digest)))["running"]:
+            return "stopped by its user"
+    return None
+
+
+def write_done(store: Store, digest: str) -> None:
+    """All runs are complete, told to MLflow, and registered."""
+    with contextlib.suppress(AlreadyExists):
+        store.create(_done_key(digest), b"")
+
+
+def is_done(store: Store, digest: str) -> bool:
+    try:
+        store.head(_done_key(digest))
+    except NotFound:
+        return False
+    return True
+
+
+def name_runs(store: Store, spec: JobSpec) -> None:
+    """So that a run's job is found by the run's name."""
+    for config in spec.configs:
+        store.write(_run_key(config.run), spec.digest.encode())
+
+
+def find_spec(runs: str, run: str) -> JobSpec:
+    """The newest specification that trains this run; ConfigError if there is none."""
+    check_name(run, "run")
+    try:
+        return read_spec(runs, open_store(runs).read(_run_key(run)).decode())
+    except NotFound:
+        raise ConfigError(
+            f"no run {run} was ever submitted to {runs}; `vitscale status` lists them"
+        ) from None
+
+
+def list_runs(store: Store) -> list[str]:
+    """Names of all runs that were submitted."""
+    prefix = _run_key("")
+    return sorted(item.key.removeprefix(prefix) for item in store.list(prefix))
 
 
 def _spec_key(digest: str) -> str:
     return f"jobs/{digest}.json"
+
+
+def _wish_key(digest: str) -> str:
+    return f"jobs/{digest}.wish.json"
+
+
+def _done_key(digest: str) -> str:
+    return f"jobs/{digest}.done"
+
+
+def _run_key(run: str) -> str:
+    return f"jobs/runs/{run}"
+
+
+def _stop_key(job: str) -> str:
+    return f"jobs/{job}.stop.txt"
 
 
 def _failure_key(job: str) -> str:

@@ -17,12 +17,13 @@ PATIENCE_SECONDS = 30.0
 """How long Ray's head may be too busy to answer before following a job ends."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 LOG_LINES = 15
+STOP_WAIT_SECONDS = 60
+"""What Ray leaves a job that it stops, before it kills it: for a commit, and for telling MLflow."""
 JOB_ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
     # Ray asks its workers every 2 s whether they have ended or died; a killed one costs less so.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # A job that is stopped says so in MLflow; Ray's 3 s are too few for that.
-    "RAY_JOB_STOP_WAIT_TIME_S": "20",
+    "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
     # MLflow's client would wait 120 s for a server that hangs, and at the end of a run somebody waits for it.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }

@@ -10,6 +10,7 @@ import http.client
 import logging
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from orchestrator.job import JobSpec, is_complete, run_head, run_url
 from workers.config import RunConfig
 from workers.errors import DataError, root_cause
-from workers.storage import Store, open_store
+from workers.storage import Store, Unavailable, open_store
 from workers.training.metrics import EventReader
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ BATCH = 1000
 """MLflow's limit of metrics per request."""
 ALIVE_SECONDS = 10.0
 DRAIN_SECONDS = 2.0
+RETRY_SECONDS = 5.0
 RUN_TAG = "vitscale.run"
 KINDS = ("metrics", "confusion", "epoch", "bad_samples", "evaluation", "probe")
 """Of events that are sent."""
@@ -125,31 +127,24 @@ def mlflow_errors(what: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         # OSError: what requests raises for an artifact that the server could not pass on to its store.
-        raise DataError(f"{what} failed ({root_cause(error)}); is it up? `vitscale up`") from error
+        refused = isinstance(error, MlflowException) and 400 <= error.get_http_status_code() < 429
+        kind = DataError if refused else Unavailable
+        raise kind(f"{what} failed ({root_cause(error)}); is it up? `vitscale up`") from error
 
 
 class JobRuns:
     """The MLflow runs of a job: opened, fed from a thread while it trains, and ended.
 
-    An outage of MLflow delays points and stops nothing.
+    An outage of MLflow delays all of that and stops nothing; no point is lost, they wait in the store.
     """
 
-    def __init__(self, tracking: Tracking, spec: JobSpec) -> None:
-        self._tracking = tracking
+    def __init__(self, spec: JobSpec) -> None:
         self._spec = spec
-        self._parent = tracking.open_run(spec.parent) if spec.parent else None
-        if self._parent:
-            tracking.resume(self._parent)
+        self._parent: str | None = None
         self.ids: dict[str, str] = {}
-        """By the runs' names."""
+        """By the runs' names, once they are open."""
         self._drains: dict[str, Drain] = {}
-        for config in spec.configs:
-            run_id = tracking.open_run(config.run, parent=self._parent, tags=spec.tags)
-            tracking.log_config(run_id, config)
-            if not is_complete(spec.runs, config):
-                tracking.resume(run_id)
-            self.ids[config.run] = run_id
-            self._drains[config.run] = Drain(tracking, run_id, open_store(run_url(spec.runs, config)))
+        self._tracking: Tracking | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._feed, name="drain-events")
 
@@ -161,21 +156,55 @@ class JobRuns:
         self._stop.set()
         self._thread.join()
 
-    def end(self, status: str) -> None:
-        """Send what is left; a run that is not complete ends as `status`. DataError if MLflow is down."""
+    def end(self, status: str, *, patience: float = 0.0) -> Tracking:
+        """Send what is left; a run that is not complete ends as `status`. Unavailable if MLflow is down for
+        longer than `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                return self._end(status)
+            except Unavailable as error:
+                if time.monotonic() >= deadline:
+                    raise
+                log.warning("waiting for MLflow: %s", error)
+            time.sleep(RETRY_SECONDS)
+
+    def _end(self, status: str) -> Tracking:
+        tracking = self.open()
         for config in self._spec.configs:
             head = run_head(self._spec.runs, config)
-            with mlflow_errors(self._tracking.name):
+            with mlflow_errors(tracking.name):
                 self._drains[config.run].step(committed=head.images_seen if head else 0)
             done = head is not None and head.complete
-            self._tracking.finish(self.ids[config.run], "FINISHED" if done else status)
+            tracking.finish(self.ids[config.run], "FINISHED" if done else status)
         if self._parent:
-            self._tracking.finish(self._parent, status)
+            tracking.finish(self._parent, status)
+        return tracking
+
+    def open(self) -> Tracking:
+        """What is open already is not opened again."""
+        tracking = self._tracking = self._tracking or Tracking(self._spec.mlflow, self._spec.experiment)
+        if self._spec.parent and not self._parent:
+            self._parent = tracking.open_run(self._spec.parent)
+            tracking.resume(self._parent)
+        for config in self._spec.configs:
+            if config.run in self._drains:
+                continue
+            run_id = tracking.open_run(config.run, parent=self._parent, tags=self._spec.tags)
+            tracking.log_config(run_id, config)
+            if not is_complete(self._spec.runs, config):
+                tracking.resume(run_id)
+            self.ids[config.run] = run_id
+            self._drains[config.run] = Drain(tracking, run_id, open_store(run_url(self._spec.runs, config)))
+        return tracking
 
     def _feed(self) -> None:
-        while not self._stop.wait(DRAIN_SECONDS):
+        delay = 0.0
+        while not self._stop.wait(delay):
+            delay = DRAIN_SECONDS
             try:
-                with mlflow_errors(self._tracking.name):
+                tracking = self.open()
+                with mlflow_errors(tracking.name):
                     for drain in self._drains.values():
                         drain.step()
             except DataError as error:
@@ -263,7 +292,7 @@ class Drain:
 
 
 def _check_alive(uri: str) -> None:
-    """DataError within seconds if nobody answers there; MLflow's own client would try for minutes."""
+    """Unavailable within seconds if nobody answers there; MLflow's own client would try for minutes."""
     if not uri.startswith(("http://", "https://")):
         return
     try:
@@ -272,7 +301,7 @@ def _check_alive(uri: str) -> None:
         error.close()  # it answers, if only to ask who we are
     except (OSError, http.client.HTTPException) as error:
         reason = root_cause(error)
-        raise DataError(f"MLflow at {uri} cannot be reached ({reason}); is it up? `vitscale up`") from error
+        raise Unavailable(f"MLflow at {uri} cannot be reached ({reason}); is it up? `vitscale up`") from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -219,7 +219,8 @@ def test_all_fields_are_covered_here() -> None:
     config = make_config(VALUES)
     assert config.model_dump(mode="json") == VALUES
     forks = {name for name in fields(RunConfig) if name.startswith("fork.")}
-    assert leaves(VALUES).keys() == fields(RunConfig) - forks | {"fork"}
+    ranges = {"compute.workers.min", "compute.workers.max"}
+    assert leaves(VALUES).keys() == fields(RunConfig) - forks - ranges | {"fork", "compute.workers"}
     assert forks == {"fork.manifest", "fork.digest", "fork.parent"}
 
 
@@ -417,6 +418,9 @@ def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant:
             60,
             "train.global_batch_size 60 is not a multiple of data.lanes 8; 64 would be",
         ),
+        ("compute.workers", {"min": 2, "max": 9}, "compute.workers 9 exceeds data.lanes 8; raise data.lanes"),
+        ("compute.workers", {"min": 4, "max": 3}, "compute.workers: min 4 exceeds max 3"),
+        ("compute.workers", {"min": 2}, "compute.workers.max: missing"),
         ("compute.workers", 9, "compute.workers 9 exceeds data.lanes 8; raise data.lanes"),
         ("compute.workers", 0, "compute.workers: input should be greater than 0, got 0"),
         ("init", {"manifest": "x"}, "init.digest: missing\ninit.parent: missing"),

@@ -1,19 +1,19 @@
 """The driver: what fits a cluster, what is tried again when workers die, and what reaches the user."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import ray
 import ray.train
 
 from orchestrator import driver
-from orchestrator.driver import RESTARTS, count_slots
-from orchestrator.job import JobSpec, is_complete, read_note, run_url
+from orchestrator.capacity import Room
+from orchestrator.driver import RESTARTS, Stopped
+from orchestrator.job import JobSpec, is_complete, read_note, run_url, write_stop
 from orchestrator.site import Site
 from orchestrator.tracking import JobRuns, Tracking
 from tests.test_config import VALUES, changed
-from workers.config import ComputeConfig, RunConfig, make_config
+from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
 from workers.storage import open_store
 from workers.training.commits import CommitLog
@@ -28,57 +28,61 @@ def make_spec(runs: str, *configs: RunConfig, autoscaling: bool = False) -> JobS
     )
 
 
-def node(alive: bool = True, **resources: float) -> dict[str, Any]:
-    return {"Alive": alive, "Resources": {"memory": 1e9, **resources}}
-
-
-@pytest.mark.parametrize(
-    ("nodes", "compute", "slots"),
-    [
-        ([], ComputeConfig(), 0),
-        ([node(CPU=2.0)], ComputeConfig(), 2),
-        ([node(CPU=4.0), node(alive=False, CPU=4.0)], ComputeConfig(cpus_per_worker=2), 2),
-        ([node(CPU=3.0), node(CPU=3.0)], ComputeConfig(cpus_per_worker=2), 2),
-        ([node(CPU=7.0), node()], ComputeConfig(cpus_per_worker=8), 0),
-        ([node(CPU=64.0)], ComputeConfig(gpus_per_worker=1), 0),
-        ([node(CPU=64.0, GPU=8.0), node(CPU=4.0)], ComputeConfig(cpus_per_worker=16, gpus_per_worker=2), 4),
-    ],
-)
-def test_a_worker_needs_its_cpus_and_gpus_on_one_node(
-    nodes: list[dict[str, Any]], compute: ComputeConfig, slots: int
-) -> None:
-    assert count_slots(nodes, compute) == slots
+def use_rooms(monkeypatch: pytest.MonkeyPatch, *totals: int) -> Iterator[int]:
+    """What the cluster has room for at each look, all of it free."""
+    seen = iter(totals)
+    monkeypatch.setattr(driver, "room", lambda compute: Room(count := next(seen), count, leaving=False))
+    monkeypatch.setattr(driver, "POLL_SECONDS", 0.0)
+    return seen
 
 
 def test_what_a_cluster_of_fixed_size_cannot_hold_is_refused(
     monkeypatch: pytest.MonkeyPatch, store_url: str
 ) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: [node(CPU=2.0)])
+    use_rooms(monkeypatch, 2)
     with pytest.raises(ConfigError, match=r"compute\.workers: no room for 4 workers of 1 CPU .* for 2\. .*"):
         driver._await_room(make_spec(store_url, CONFIG), JOB, patience=0)
 
 
 def test_a_cluster_that_adds_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: [node(CPU=2.0)])
-    driver._await_room(make_spec(store_url, CONFIG, autoscaling=True), JOB, patience=0)
+    use_rooms(monkeypatch, 2)
+    assert driver._await_room(make_spec(store_url, CONFIG, autoscaling=True), JOB, patience=0) == 4
     note = read_note(open_store(store_url), JOB)
     assert note == "waiting for nodes for 4 workers of 1 CPU each; the cluster's nodes have room for 2"
 
 
 def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
-    seen = iter([[node(CPU=3.0)], [node(CPU=3.0)], [node(CPU=3.0), node(CPU=1.0)]])
-    monkeypatch.setattr(ray, "nodes", lambda: next(seen))
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.0)
-    driver._await_room(make_spec(store_url, CONFIG), JOB, patience=60)
+    seen = use_rooms(monkeypatch, 3, 3, 4)
+    assert driver._await_room(make_spec(store_url, CONFIG), JOB, patience=60) == 4
     assert next(seen, None) is None
     assert read_note(open_store(store_url), JOB).startswith("waiting for lost nodes: no room for 4 workers")
+
+
+def test_an_elastic_run_takes_what_there_is(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    elastic = make_config(changed("compute.workers", {"min": 2, "max": 6}))
+    spec = make_spec(store_url, elastic)
+    use_rooms(monkeypatch, 8)
+    assert driver._await_room(spec, JOB, patience=0) == 6
+    monkeypatch.setattr(driver, "SETTLE_SECONDS", 0.0)
+    use_rooms(monkeypatch, 5)
+    assert driver._await_room(spec, JOB, patience=0) == 5
+    use_rooms(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="no room for 2 workers"):
+        driver._await_room(spec, JOB, patience=0)
+
+
+def test_who_waits_for_room_can_be_stopped(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
+    use_rooms(monkeypatch, 3, 3)
+    write_stop(open_store(store_url), JOB, "the job is stopped")
+    with pytest.raises(Stopped, match="the job is stopped"):
+        driver._await_room(make_spec(store_url, CONFIG), JOB, patience=60)
 
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """The runs of each worker group that `_fit` started; nobody has to wait for room."""
     started: list[list[str]] = []
-    monkeypatch.setattr(driver, "_await_room", lambda *_, **__: None)
+    monkeypatch.setattr(driver, "_await_room", lambda *_, **__: 2)
     yield started
 
 
@@ -88,18 +92,20 @@ Act = Callable[[list[RunConfig]], None]
 def use_trainer(monkeypatch: pytest.MonkeyPatch, groups: list[list[str]], act: Act) -> None:
     """Worker groups that do `act`, whose errors come back as Ray has them."""
 
-    class Trainer:
-        def __init__(self, runs: str, group: list[RunConfig], scratch: str) -> None:
-            self._group = group
-            groups.append([config.run for config in group])
+    class Group:
+        reason: str | None = None
 
-        def fit(self) -> None:
+        def __init__(self, spec: JobSpec, job: str, runs: list[RunConfig], size: int) -> None:
+            self.runs = runs
+            groups.append([config.run for config in runs])
+
+        def run(self) -> None:
             try:
-                act(self._group)
+                act(self.runs)
             except (VitscaleError, OSError) as error:
                 raise ray.train.WorkerGroupError("rank 1", {1: error}) from None
 
-    monkeypatch.setattr(driver, "_trainer", Trainer)
+    monkeypatch.setattr(driver, "Attempt", Group)
 
 
 def commit(runs: str, config: RunConfig, images_seen: int, *, complete: bool = False) -> None:
@@ -227,11 +233,12 @@ def test_mlflow_says_how_each_run_of_a_job_ended(services: Site, store_url: str)
         names = [first.run, second.run, "study-1"]
         return [tracking.client.get_run(str(tracking.find_run(name))).info.status for name in names]
 
-    runs = JobRuns(tracking, spec)
+    runs = JobRuns(spec)
     commit(store_url, first, 64, complete=True)
     runs.end("KILLED")
     assert statuses() == ["FINISHED", "KILLED", "KILLED"]
-    again = JobRuns(tracking, spec)
+    again = JobRuns(spec)
+    again.open()
     assert again.ids == runs.ids
     assert statuses() == ["FINISHED", "RUNNING", "RUNNING"]
     commit(store_url, second, 64, complete=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from workers.config_text import explain, override, plain, read_yaml
 from workers.errors import ConfigError
@@ -272,10 +272,31 @@ class ForkConfig(Part):
     """The run that it is of."""
 
 
+class WorkerRange(Part):
+    """Of an elastic run: as many as the cluster has room for, between these. Batches stay what they are."""
+
+    min: Positive
+    max: Positive
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} exceeds max {self.max}")
+        return self
+
+
+Workers = Annotated[
+    Annotated[Positive, Tag("a number")] | Annotated[WorkerRange, Tag("a range")],
+    # Told apart, so that a wrong one has the message of what it was meant to be.
+    Discriminator(lambda value: "a range" if isinstance(value, dict | WorkerRange) else "a number"),
+]
+
+
 class ComputeConfig(Part):
     """Where and how fast; never changes a result, so it is no part of a run's identity."""
 
-    workers: int = Field(default=2, gt=0)
+    workers: Workers = 2
+    """A number, or {min: 2, max: 8}: then the group grows and shrinks with the cluster."""
     cpus_per_worker: int = Field(default=1, gt=0)
     gpus_per_worker: int = Field(default=0, ge=0)
     shard_workers: int | None = Field(default=None, gt=0)
@@ -307,6 +328,16 @@ class ComputeConfig(Part):
     cache_bytes: int = Field(default=100 << 30, gt=0)
     """Limit of that directory, for all processes of a node."""
 
+    @property
+    def worker_counts(self) -> list[int]:
+        """How many workers a group may have, ascending: whole shard groups."""
+        few, most = (
+            (self.workers, self.workers)
+            if isinstance(self.workers, int)
+            else (self.workers.min, self.workers.max)
+        )
+        return [count for count in range(few, most + 1) if count % (self.shard_workers or 1) == 0]
+
 
 class RunConfig(Part):
     name: str
@@ -331,15 +362,14 @@ class RunConfig(Part):
             )
         if self.data.mix and self.data.subset is not None:
             raise ValueError("data.subset: takes no data.mix; a subset is one of a single data set")
-        if self.compute.workers > lanes:
+        counts = self.compute.worker_counts
+        if not counts:
             raise ValueError(
-                f"compute.workers {self.compute.workers} exceeds data.lanes {lanes}; raise data.lanes"
+                f"compute.shard_workers {self.compute.shard_workers} does not divide compute.workers "
+                f"{self.compute.workers}"
             )
-        shards = self.compute.shard_workers
-        if shards is not None and self.compute.workers % shards:
-            raise ValueError(
-                f"compute.shard_workers {shards} does not divide compute.workers {self.compute.workers}"
-            )
+        if counts[-1] > lanes:
+            raise ValueError(f"compute.workers {counts[-1]} exceeds data.lanes {lanes}; raise data.lanes")
         if self.init is not None and self.fork is not None:
             raise ValueError("init, fork: a run starts from weights, or goes on from a checkpoint, not both")
         if self.optim.cooldown_images > self.train.images:

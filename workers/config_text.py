@@ -104,6 +104,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _field(path: tuple[int | str, ...], model: type[BaseModel]) -> tuple[int | str, ...]:
     """Without what pydantic adds of the alternatives of a field that may be of several types."""
+    path = tuple(part for part in path if isinstance(part, int) or part.isidentifier())
     for depth, part in enumerate(path):
         if isinstance(part, int):
             continue
@@ -139,6 +140,6 @@ def _groups(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {
         name: option
         for name, field in model.model_fields.items()
-        for option in (field.annotation, *getattr(field.annotation, "__args__", ()))
-        if isinstance(option, type) and issubclass(option, BaseModel)
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+        if isinstance(option := getattr(kind, "__origin__", kind), type) and issubclass(option, BaseModel)
     }

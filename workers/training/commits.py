@@ -50,6 +50,11 @@ class CommitLog:
         lease = self._newest_lease()
         return self._head_under(lease) if lease is not None else None
 
+    def newest_epoch(self) -> int | None:
+        """Of the lease that counts."""
+        lease = self._newest_lease()
+        return None if lease is None else lease.epoch
+
     def lineage_from(self, seq: int | None) -> Iterator[Commit]:
         """A commit, its parent, and so on to the first."""
         while seq is not None:

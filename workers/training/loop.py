@@ -37,6 +37,7 @@ from workers.training.parent import describe_resize, load_parent
 from workers.training.peak import peak_flops
 from workers.training.profile import Profile
 from workers.training.proofs import merge_ledgers, settle_epochs
+from workers.training.pulse import Pulse
 from workers.training.reports import evaluation_metrics, write_evaluation, write_probes
 from workers.training.state import TrainState, share_lease
 from workers.training.step import train_step
@@ -47,14 +48,19 @@ log = logging.getLogger(__name__)
 def train_worker(payload: Mapping[str, Any], device: torch.device) -> None:
     """Train the payload's runs, one after another, in this worker group; complete ones are skipped.
 
-    `payload["runs"]` holds `{"config": RunConfig as JSON, "url": where the run's objects go}`.
+    `payload["runs"]` holds `{"config": RunConfig as JSON, "url": where the run's objects go}`. A request to
+    stop ends them all.
     """
     for entry in payload["runs"]:
-        train(make_config(entry["config"]), entry["url"], device)
+        if not train(make_config(entry["config"]), entry["url"], device):
+            return
 
 
-def train(config: RunConfig, run_url: str, device: torch.device) -> None:
-    """Train one run to its end, or skip it if its commit log says that it is there."""
+def train(config: RunConfig, run_url: str, device: torch.device) -> bool:
+    """Train one run to its end, or skip it if its commit log says that it is there.
+
+    False if it was asked to stop before: it is committed, and goes on from there another time.
+    """
     with worker_group(device):
         torch.set_num_threads(config.compute.cpus_per_worker)
         _set_determinism(config.compute.deterministic)
@@ -67,8 +73,8 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> None:
         lease = share_lease(store, device)
         if lease is None:
             log.info("%s is complete", config.run)
-        else:
-            _train_under(lease, config, store, sources, validation, device)
+            return True
+        return _train_under(lease, config, store, sources, validation, device)
 
 
 def _train_under(
@@ -78,7 +84,7 @@ def _train_under(
     sources: list[Source],
     validation: DatasetIndex,
     device: torch.device,
-) -> None:
+) -> bool:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size = config.train.global_batch_size
     model = _initial_model(config)
@@ -125,9 +131,11 @@ def _train_under(
     feed = Feed(device)
     meter = Meter(device, flops_per_image=3 * config.model.computed_flops, peak_flops=peak * world_size)
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
+    pulse = Pulse(store, lease.epoch)
+    stopping = False
     results: dict[str, Evaluation] = {}
     try:
-        while not state.complete:
+        while not state.complete and not stopping:
             rate = learning_rate(config.optim, state.images_seen, total_images)
             batch = feed.to_device(next(stream))
             totals = train_step(
@@ -149,8 +157,9 @@ def _train_under(
                 for proof in proofs:
                     events.write("epoch", state.images_seen, **asdict(proof))
 
-            evaluating = state.complete or _due(state, config.train.eval_every_images)
-            committing = state.complete or _checkpoint_due(state)
+            stopping = pulse.stops() and not state.complete
+            evaluating = state.complete or (not stopping and _due(state, config.train.eval_every_images))
+            committing = state.complete or stopping or _checkpoint_due(state)
             if evaluating or committing or _due(state, config.train.log_every_images):
                 merge_ledgers([source.ledger for source in sources], device)
                 values = meter.take(stream.times.take())
@@ -167,13 +176,16 @@ def _train_under(
                     write_evaluation(events, state, results)
                 meter.restart()
             if committing:
-                write_probes(events, state, model, validation)
+                if not stopping:
+                    write_probes(events, state, model, validation)
                 # Only the final commit was just evaluated: what a gate may ask for.
                 state.commit(evaluation_metrics(results) if state.complete else {}, events)
                 meter.restart()
+        pulse.close()
     finally:
         profile.close()
         stream.close()
+    return state.complete
 
 
 def _evaluate(

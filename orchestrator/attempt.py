@@ -1,0 +1,106 @@
+"""One worker group of Ray Train, of a fixed size: from its start to its end, or until it has to make way.
+
+Ray would end a group without notice to give it another size. Here a thread looks after the cluster and the
+wishes of the user instead, and asks the group to commit and end (`workers/training/control.py`).
+"""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from orchestrator.capacity import room
+from orchestrator.job import JobSpec, is_complete, read_stop, run_url
+from workers.config import RunConfig
+from workers.errors import DataError
+from workers.ray_entry import train_entry
+from workers.storage import open_store
+from workers.training.commits import CommitLog
+from workers.training.control import request_stop
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+SETTLED_SECONDS = 10.0
+"""More room must have lasted so long before a group grows into it: a restart costs about as much."""
+
+
+class Attempt:
+    def __init__(self, spec: JobSpec, job: str, group: Sequence[RunConfig], size: int) -> None:
+        """`size` workers for the group's runs, one run after another."""
+        self.runs = list(group)
+        self._spec, self._job, self._size = spec, job, size
+        self._ended = threading.Event()
+        self.reason: str | None = None
+        """Why the group was asked to end."""
+
+    def run(self) -> None:
+        """Returns when all runs are complete or the group has made way; Ray's errors as they are."""
+        watcher = threading.Thread(target=self._watch, name="watch-cluster", daemon=True)
+        watcher.start()
+        try:
+            with tempfile.TemporaryDirectory(prefix="vitscale-") as scratch:
+                make_trainer(self._spec.runs, self.runs, self._size, scratch).fit()
+        finally:
+            self._ended.set()
+            watcher.join()
+
+    def _watch(self) -> None:
+        more_since: float | None = None
+        while not self._ended.wait(LOOK_SECONDS):
+            try:
+                more_since = self._look(more_since)
+            except (DataError, ray.exceptions.RayError) as error:
+                log.warning("cannot look after the cluster: %s", error)
+
+    def _look(self, more_since: float | None) -> float | None:
+        """Ask the group to end if it must; since when there is more room than it uses."""
+        if self.reason is None:
+            self.reason = read_stop(open_store(self._spec.runs), self._spec.digest, self._job)
+        if self.reason is None:
+            now = room(self.runs[0].compute)
+            size = now.fits(self.runs[0].compute, beside=self._size)
+            if now.leaving:
+                self.reason = "a node is about to go"
+            elif size is not None and size > self._size:
+                more_since = more_since or time.monotonic()
+                if time.monotonic() - more_since >= SETTLED_SECONDS:
+                    self.reason = f"there is room for {size} workers"
+            else:
+                more_since = None
+        if self.reason is not None:
+            self._request_stop(self.reason)
+        return more_since
+
+    def _request_stop(self, reason: str) -> None:
+        """Of whichever run is being trained. Again and again: the group may be between two runs."""
+        for config in self.runs:
+            if not is_complete(self._spec.runs, config):
+                store = open_store(run_url(self._spec.runs, config))
+                epoch = CommitLog(store).newest_epoch()
+                if epoch is not None:
+                    request_stop(store, epoch, reason)
+                return
+
+
+def make_trainer(runs: str, group: Sequence[RunConfig], size: int, scratch: str) -> TorchTrainer:
+    compute = group[0].compute
+    resources = {"CPU": compute.cpus_per_worker}
+    if compute.gpus_per_worker:
+        resources["GPU"] = compute.gpus_per_worker
+    return TorchTrainer(
+        train_entry,
+        train_loop_config={
+            "runs": [{"config": c.model_dump(mode="json"), "url": run_url(runs, c)} for c in group]
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=size, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        # Ray keeps its own notes here; checkpoints and their log are ours, Ray is never given one.
+        run_config=ray.train.RunConfig(name=group[0].run, storage_path=scratch),
+    )
