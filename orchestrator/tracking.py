@@ -35,7 +35,7 @@ ALIVE_SECONDS = 10.0
 DRAIN_SECONDS = 2.0
 RETRY_SECONDS = 5.0
 RUN_TAG = "vitscale.run"
-KINDS = ("metrics", "confusion", "epoch", "bad_samples", "evaluation", "probe")
+KINDS = ("metrics", "confusion", "epoch", "bad_samples", "bad_step", "evaluation", "probe")
 """Of events that are sent."""
 MAX_PARAM = 500
 
@@ -280,6 +280,8 @@ class Drain:
             # Each event lists all that were bad so far.
             self._tables[f"bad_samples_{event['of']}.json"] = {"samples": event["samples"]}
             values = {f"bad_samples_{event['of']}": len(event["samples"])}
+        elif event["kind"] == "bad_step":
+            values = {"bad_steps": event["count"]}
         elif event["kind"] == "epoch":
             values = {f"epochs_proved_{event['source']}": event["epoch"] + 1}
         elif event["kind"] == "probe":

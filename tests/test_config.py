@@ -98,6 +98,7 @@ VALUES: dict[str, Any] = {
         "eval_every_images": 100,
         "checkpoint_every_images": 100,
         "log_every_images": 100,
+        "max_bad_steps": 5,
         "probe_images": 8,
     },
     "init": {
@@ -162,6 +163,7 @@ NO_MATTER = {
     "train.eval_every_images",
     "train.checkpoint_every_images",
     "train.log_every_images",
+    "train.max_bad_steps",
     "train.probe_images",
     "compute.shard_workers",
     "compute.activation_checkpointing",

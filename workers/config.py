@@ -243,6 +243,9 @@ class TrainConfig(Part):
     eval_every_images: int = Field(gt=0)
     checkpoint_every_images: int = Field(gt=0)
     log_every_images: int = Field(default=1024, gt=0)
+    max_bad_steps: int = Field(default=10, ge=0)
+    """Steps in a row that may be left out because loss or gradient are not finite; in all so many, or 1 % of
+    the run's steps if that is more. Beyond, the run ends."""
     probe_images: int = Field(default=32, ge=0)
     """Validation images on which each checkpoint's attention is looked at; 0: no probes."""
 
@@ -397,6 +400,7 @@ class RunConfig(Part):
             identity["fork"] = self.fork.digest
         for shown in ("log_every_images", "checkpoint_every_images", "eval_every_images", "probe_images"):
             identity["train"].pop(shown)
+        identity["train"].pop("max_bad_steps")  # with another one the same run goes on
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property

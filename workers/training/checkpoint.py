@@ -76,6 +76,8 @@ class Manifest:
     metrics: dict[str, float]
     versions: dict[str, str]
     complete: bool
+    bad_steps: list[int] = field(default_factory=list)
+    """Left out, since loss or gradient were not finite; older manifests say nothing of them."""
     format: int = FORMAT
     key: str = field(default="", compare=False)
     """Where it was read from, relative to its store; not part of the file."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from workers.training import guarded
 from workers.training.rows import locals_of
 
 WARMUP = 10
@@ -30,10 +31,12 @@ class Average:
         self._parameters = list(model.parameters())
 
     @torch.no_grad()
-    def update(self, images_in_step: int, images_seen: int) -> None:
-        """After a step; `images_seen` counts that step's."""
+    def update(self, images_in_step: int, images_seen: int, bad: Tensor | None = None) -> None:
+        """After a step; `images_seen` counts that step's. A bad one, see `guarded`, moves nothing."""
         share = 1 - decay(images_in_step, images_seen, self.ema_images)
-        torch._foreach_lerp_(locals_of(self.tensors.values()), locals_of(self._parameters), share)
+        averages = locals_of(self.tensors.values())
+        guarded.scale(averages, 1 - share, bad)
+        guarded.add(averages, locals_of(self._parameters), share, bad)
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:

@@ -4,7 +4,6 @@ Knows neither Ray nor a tracking server; `workers/ray_entry.py` calls it on a cl
 """
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,9 +17,9 @@ from workers.config import RunConfig, make_config
 from workers.data.index import DatasetIndex
 from workers.data.mixture import Source
 from workers.data.stream import TrainStream
-from workers.errors import ConfigError
 from workers.models import build_model
 from workers.storage import Store, open_store
+from workers.training.badsteps import BadSteps
 from workers.training.checkpoint import Training
 from workers.training.commits import Lease
 from workers.training.ema import Average
@@ -129,6 +128,7 @@ def _train_under(
         pin_memory=device.type == "cuda",
     )
     feed = Feed(device)
+    bad_steps = BadSteps(config, sources, state.bad_steps)
     meter = Meter(device, flops_per_image=3 * config.model.computed_flops, peak_flops=peak * world_size)
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
     pulse = Pulse(store, lease.epoch)
@@ -150,8 +150,8 @@ def _train_under(
             proofs = settle_epochs(sources, state.step, device)
             state.step += 1
             if average:
-                average.update(batch_size, state.images_seen)
-            meter.add(totals, batch_size)
+                average.update(batch_size, state.images_seen, totals[3])
+            meter.add(state.step - 1, totals, batch_size)
             profile.step(state.images_seen)
             if events:
                 for proof in proofs:
@@ -162,10 +162,11 @@ def _train_under(
             committing = state.complete or stopping or _checkpoint_due(state)
             if evaluating or committing or _due(state, config.train.log_every_images):
                 merge_ledgers([source.ledger for source in sources], device)
-                values = meter.take(stream.times.take())
-                _check_finite(values, state)
+                report = meter.take(stream.times.take())
                 if events:
-                    events.write("metrics", state.images_seen, values={**values, "learning_rate": rate})
+                    values = {**report.values, "learning_rate": rate}
+                    events.write("metrics", state.images_seen, values=values)
+                bad_steps.settle(report.steps, events)
             if evaluating:
                 images = microbatch_size or share
                 results[""] = _evaluate(config, model, validation, images, device)
@@ -232,16 +233,6 @@ def _initial_model(config: RunConfig) -> nn.Module:
 def _set_head_bias(config: RunConfig, model: nn.Module) -> None:
     bias = initial_head_bias(config.optim, config.model.num_classes)
     nn.init.constant_(model.get_parameter("head.bias"), bias)
-
-
-def _check_finite(values: Mapping[str, float], state: TrainState) -> None:
-    """Before anything is committed: on all ranks alike, since the values are those of all."""
-    if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-        raise ConfigError(
-            f"optim.learning_rate: {state.config.run} diverged before image {state.images_seen} (loss "
-            f"{values['loss']}, gradient norm {values['gradient_norm']}); choose less than "
-            f"{state.config.optim.learning_rate}, or a longer optim.warmup_images"
-        )
 
 
 def _due(state: TrainState, every: int) -> bool:

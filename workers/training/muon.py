@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from workers.training import guarded
 from workers.training.rows import with_momentum
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -25,6 +26,8 @@ class Muon(Optimizer):
     whole first, which takes one gather of bfloat16 for each matrix and step.
     """
 
+    found_inf: Tensor | None = None
+
     def __init__(self, params: ParamsT, *, lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
@@ -36,12 +39,14 @@ class Muon(Optimizer):
             if not params:
                 continue
             weights, gradients, momenta = with_momentum(self, params)
-            torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+            guarded.scale(momenta, momentum, self.found_inf)
+            guarded.add(momenta, gradients, 1 - momentum, self.found_inf)
             updates = torch._foreach_lerp(gradients, momenta, momentum)
-            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+            guarded.scale(weights, 1 - rate * group["weight_decay"], self.found_inf)
             for parameter, weight, update in zip(params, weights, updates, strict=True):
                 alpha = -rate * RMS * math.sqrt(max(parameter.shape))
-                weight.add_(_orthogonal(update.bfloat16(), parameter), alpha=alpha)
+                moved = weight.add(_orthogonal(update.bfloat16(), parameter), alpha=alpha)
+                weight.copy_(moved if self.found_inf is None else moved.where(self.found_inf == 0, weight))
 
 
 def _orthogonal(rows: Tensor, parameter: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from workers.config import OptimConfig
 from workers.errors import ConfigError
+from workers.training import guarded
 from workers.training.lamb import Lamb
 from workers.training.muon import Muon
 from workers.training.rows import locals_of, with_momentum
@@ -29,7 +30,8 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
     No weight decay on biases, norms, LayerScale, tokens and position embeddings (as DeiT and timm); what
     takes no gradient is left out. Every group has its "lr_scale", see `set_learning_rate`. All state is
     tensors like the parameter, or scalars; a scalar that is restored belongs on the parameter's device where
-    its group says "fused", and on the CPU otherwise.
+    its group says "fused", and on the CPU otherwise. With `found_inf` set to 1.0, see `leave_out_if`, a step
+    changes neither weights nor state.
     """
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     if config.optimizer != "muon":
@@ -46,6 +48,13 @@ def set_learning_rate(optimizers: Iterable[Optimizer], rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+
+
+def leave_out_if(bad: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """The next step changes nothing if `bad`, float32 () on the device, is 1.0: torch's fused optimisers take
+    it as `GradScaler` sets it, and ours likewise."""
+    for optimizer in optimizers:
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
 
 
 def learning_rate(config: OptimConfig, images_seen: int, total_images: int) -> float:
@@ -93,6 +102,8 @@ class AdamW(torch.optim.AdamW):
 class SGD(Optimizer):
     """With momentum; decoupled weight decay (Loshchilov & Hutter 2019, algorithm 1, as in big_vision)."""
 
+    found_inf: Tensor | None = None
+
     def __init__(self, params: ParamsT, *, lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
@@ -103,10 +114,11 @@ class SGD(Optimizer):
             if not params:
                 continue
             weights, gradients, momenta = with_momentum(self, params)
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+            rate = group["lr"]
+            guarded.scale(momenta, group["momentum"], self.found_inf)
+            guarded.add(momenta, gradients, 1.0, self.found_inf)
+            guarded.scale(weights, 1 - rate * group["weight_decay"], self.found_inf)
+            guarded.add(weights, momenta, -rate, self.found_inf)
 
 
 def _make(kind: str, named: Named, model: nn.Module, config: OptimConfig) -> Optimizer:

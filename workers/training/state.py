@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,8 @@ class TrainState:
     """Sequence number of the commit that the next one continues."""
     parent_digest: str | None = None
     """sha256 of its manifest; known to rank 0, which writes the next."""
+    bad_steps: list[int] = field(default_factory=list)
+    """As manifests keep them, see `BadSteps`."""
 
     @property
     def images_seen(self) -> int:
@@ -103,6 +105,7 @@ class TrainState:
 
     def _go_on(self, manifest: checkpoint.Manifest) -> None:
         self.step = manifest.step
+        self.bad_steps = list(manifest.bad_steps)
         load_tallies(self.sources, self.step, manifest.tallies, dist.get_rank())
         for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
             source.ledger.add(from_json(bad))
@@ -130,6 +133,7 @@ class TrainState:
             metrics=metrics,
             versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
             complete=self.complete,
+            bad_steps=list(self.bad_steps),
         )
         seq = -1
         if events is not None:

@@ -15,7 +15,7 @@ from workers.data.mixing import mix
 from workers.training.evaluate import normalize, to_device
 from workers.training.feed import DeviceBatch
 from workers.training.loss import per_image_loss
-from workers.training.optim import set_learning_rate
+from workers.training.optim import leave_out_if, set_learning_rate
 from workers.training.stochastic_depth import keep_factors
 
 
@@ -29,10 +29,14 @@ def train_step(
     rate: float,
     microbatch_size: int | None,
 ) -> Tensor:
-    """This rank's share of (loss, accuracy, gradient norm), float32 (3,); stays on the device."""
+    """Loss, accuracy and gradient norm of the global batch, and 1.0 if the step is bad: float32 (4,), equal
+    on all ranks, and on the device: nothing here waits for it.
+
+    A step is bad if loss or norm are not finite. It changes neither weights nor moments then.
+    """
     model_config, global_batch_size = config.model, config.train.global_batch_size
     images, targets, labels = batch.images, batch.labels, batch.labels
-    totals = torch.zeros(3, device=images.device)
+    totals = torch.zeros(4, device=images.device)
     if model_config.dropout:
         torch.manual_seed(_dropout_seed(config.seed, step))
     if config.data.augment.mixes:
@@ -62,7 +66,11 @@ def train_step(
         totals[1] += (right * batch.weights[rows]).sum() / global_batch_size
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
     totals[2] = (norm.full_tensor() if isinstance(norm, DTensor) else norm) / dist.get_world_size()
+    # The decision is of what every rank has the same bits of.
+    dist.all_reduce(totals)
+    totals[3] = ~totals.sum().isfinite()
     set_learning_rate(optimizers, rate)
+    leave_out_if(totals[3], optimizers)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
