@@ -1,17 +1,15 @@
-"""Submit training to Ray, follow and stop it.
+"""Submit training to Ray, look at it and stop it.
 
 Ray's word on a job is a hint: whether a run is complete is what its commit log says. A job's `submission_id`
 is the digest of its specification and a number, so the same command finds the job that is still running.
 """
 
-import re
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from ray.job_submission import JobDetails, JobStatus
+from ray.job_submission import JobDetails
 
-from orchestrator.job import JobSpec, clear_reports, is_complete, read_failure, write_spec
-from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs, next_job
+from orchestrator.job import JobSpec, clear_reports, write_spec
+from orchestrator.ray_jobs import ENDED, RayJobs, newest_job, next_job
 from orchestrator.site import Site
 from workers.errors import VitscaleError
 from workers.storage import open_store
@@ -38,27 +36,24 @@ class Cluster:
             self._jobs.submit("orchestrator.driver", [spec.runs, spec.digest, job], job, {RUNS: names})
         return job
 
-    def follow(self, spec: JobSpec, job: str, on_tick: Callable[[], None]) -> None:
-        """Until all runs of the job are complete; the job's own error if it fails.
+    def newest(self, spec: JobSpec) -> tuple[str, JobDetails] | None:
+        """The running job of this specification, else the last that Ray knows of."""
+        return newest_job(spec.digest[:16], self._jobs.all())
 
-        `on_tick` is called every half second.
-        """
-        while (details := self._jobs.details(job)).status not in ENDED:
-            on_tick()
-            time.sleep(POLL_SECONDS)
-        on_tick()
-        if details.status == JobStatus.SUCCEEDED and all(is_complete(spec.runs, c) for c in spec.configs):
-            return
-        raise read_failure(open_store(spec.runs), job) or VitscaleError(
-            f"job {job} ended as {details.status.value} (exit code {details.driver_exit_code}); the same "
-            f"command goes on from the last commit. Its log ends:\n{self._jobs.log_tail(job, details)}"
-        )
+    def log_tail(self, job: str, details: JobDetails) -> str:
+        return self._jobs.log_tail(job, details)
+
+    def log(self, job: str) -> str:
+        """All that the job's driver has written."""
+        return self._jobs.log(job)
 
     def stop(self, spec: JobSpec) -> None:
-        """End the running job of this specification, if there is one, and wait for that."""
-        for job, details in self._jobs.all().items():
-            if re.fullmatch(rf"{spec.digest[:16]}-\d+", job) and details.status not in ENDED:
-                self._jobs.stop(job)
+        """End the running job of this specification, if there is one, and wait for that.
+
+        Its workers commit before; who wants that it stays stopped says so first (`job.wish`)."""
+        found = self.newest(spec)
+        if found is not None and found[1].status not in ENDED:
+            self._jobs.stop(found[0])
 
 
 def _refuse_second_writer(spec: JobSpec, running: Mapping[str, JobDetails]) -> None:

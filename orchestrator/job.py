@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+from dataclasses import asdict, dataclass
 from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -130,7 +131,9 @@ def wish(store: Store, digest: str, *, running: bool) -> None:
     """What its user wants of a specification's job: that it gets done, or that it stops."""
     store.write(_wish_key(digest), json.dumps({"running": running}).encode())
     if running:
+        # A user's command counts anew, and does again what may have been undone since.
         store.delete(_done_key(digest))
+        store.delete(_restarts_key(digest))
 
 
 def is_wished(store: Store, digest: str) -> bool:
@@ -170,6 +173,26 @@ def is_done(store: Store, digest: str) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Restarts:
+    """Of a specification's driver, without a new commit; they outlive whoever counts them."""
+
+    count: int
+    images_seen: int
+    """By all its runs, as of their commits."""
+
+
+def read_restarts(store: Store, digest: str) -> Restarts | None:
+    try:
+        return Restarts(**json.loads(store.read(_restarts_key(digest))))
+    except NotFound:
+        return None
+
+
+def write_restarts(store: Store, digest: str, restarts: Restarts) -> None:
+    store.write(_restarts_key(digest), json.dumps(asdict(restarts)).encode())
+
+
 def name_runs(store: Store, spec: JobSpec) -> None:
     """So that a run's job is found by the run's name."""
     for config in spec.configs:
@@ -199,6 +222,10 @@ def _spec_key(digest: str) -> str:
 
 def _wish_key(digest: str) -> str:
     return f"jobs/{digest}.wish.json"
+
+
+def _restarts_key(digest: str) -> str:
+    return f"jobs/{digest}.restarts.json"
 
 
 def _done_key(digest: str) -> str:

@@ -75,11 +75,15 @@ class RayJobs:
             while self._client.get_job_status(job) not in ENDED:
                 time.sleep(POLL_SECONDS)
 
+    def log(self, job: str) -> str:
+        """Of the driver, without colours."""
+        with self.errors():
+            return re.sub(r"\x1b\[[\d;]*m", "", self._client.get_job_logs(job))
+
     def log_tail(self, job: str, details: JobDetails) -> str:
         """Of the driver; if it never came to write one, what Ray has to say."""
-        with contextlib.suppress(DataError), self.errors():
-            lines = re.sub(r"\x1b\[[\d;]*m", "", self._client.get_job_logs(job)).splitlines()
-            if lines:
+        with contextlib.suppress(DataError):
+            if lines := self.log(job).splitlines():
                 return "\n".join(lines[-LOG_LINES:])
         return details.message or ""
 
@@ -99,13 +103,19 @@ class RayJobs:
             ) from error
 
 
-def next_job(prefix: str, jobs: Mapping[str, JobDetails]) -> tuple[str, bool]:
-    """The running job of this name, or the name of a new one; and whether it runs.
+def newest_job(prefix: str, jobs: Mapping[str, JobDetails]) -> tuple[str, JobDetails] | None:
+    """The running job of this name, else the last that Ray knows of. Jobs of a name are numbered."""
+    ours = [job for job in jobs if re.fullmatch(rf"{re.escape(prefix)}-\d+", job)]
+    if not ours:
+        return None
+    job = max(ours, key=lambda job: (jobs[job].status not in ENDED, int(job.rpartition("-")[2])))
+    return job, jobs[job]
 
-    Jobs of a name are numbered, and Ray keeps only so many that have ended."""
-    earlier = [job for job in jobs if re.fullmatch(rf"{re.escape(prefix)}-\d+", job)]
-    for job in earlier:
-        if jobs[job].status not in ENDED:
-            return job, True
-    number = max((int(job.rpartition("-")[2]) for job in earlier), default=-1) + 1
+
+def next_job(prefix: str, jobs: Mapping[str, JobDetails]) -> tuple[str, bool]:
+    """The running job of this name, or the name of a new one; and whether it runs."""
+    newest = newest_job(prefix, jobs)
+    if newest is not None and newest[1].status not in ENDED:
+        return newest[0], True
+    number = int(newest[0].rpartition("-")[2]) + 1 if newest is not None else 0
     return f"{prefix}-{number}", False

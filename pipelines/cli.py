@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines import data_commands, registry_commands, training_commands
+from pipelines import data_commands, registry_commands, run_commands, training_commands
 from pipelines.evaluate_command import evaluate
 from pipelines.inspect_command import inspect
 from pipelines.terminal import console, errors
@@ -148,6 +148,11 @@ app.command()(data_commands.verify)
 app.command()(data_commands.selftest)
 app.command()(training_commands.recipes)
 app.command()(training_commands.train)
+app.command()(run_commands.submit)
+app.command()(run_commands.status)
+app.command()(run_commands.logs)
+app.command()(run_commands.stop)
+app.command()(run_commands.supervise)
 app.command()(training_commands.finetune)
 app.command()(training_commands.cooldown)
 app.command()(evaluate)

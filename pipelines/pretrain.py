@@ -1,6 +1,7 @@
 """Train a configuration on the cluster and register the result; done work is found and not done again."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,21 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cluster import Cluster
-from orchestrator.job import JobSpec, run_head
+from orchestrator.job import JobSpec, name_runs, run_head, wish
 from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
+from orchestrator.supervisor import Supervisor
 from orchestrator.tracking import Tracking
 from pipelines.progress import JobProgress
 from pipelines.recipes import RECIPES, read_facts
 from workers.config import RunConfig, make_config
 from workers.config_text import override, read_yaml
 from workers.data.index import DatasetIndex
-from workers.errors import ConfigError
-from workers.storage import join_url
+from workers.errors import ConfigError, VitscaleError
+from workers.storage import join_url, open_store
 
 EXPERIMENT = "vitscale"
+POLL_SECONDS = 0.5
 
 
 def read_config(source: str | Mapping[str, Any], data: str | None, overrides: Iterable[str]) -> RunConfig:
@@ -51,7 +54,15 @@ def train(site: Site, config: RunConfig, *, register_as: str, label: str, consol
     done = find_version(registry, site, config, register_as)
     if done is not None:
         return done
-    spec = JobSpec(
+    run_job(site, make_spec(site, config, register_as, label), label, console)
+    version = find_version(registry, site, config, register_as)
+    assert version is not None, "the driver registers what it completes"
+    return version
+
+
+def make_spec(site: Site, config: RunConfig, register_as: str, label: str) -> JobSpec:
+    """Of the job that trains one run."""
+    return JobSpec(
         configs=(config,),
         runs=site.runs,
         mlflow=site.mlflow,
@@ -60,10 +71,6 @@ def train(site: Site, config: RunConfig, *, register_as: str, label: str, consol
         register_as=register_as,
         autoscaling=site.autoscaling,
     )
-    run_job(site, spec, label, console)
-    version = find_version(registry, site, config, register_as)
-    assert version is not None, "the driver registers what it completes"
-    return version
 
 
 def find_version(registry: Registry, site: Site, config: RunConfig, model: str) -> Version | None:
@@ -75,16 +82,35 @@ def find_version(registry: Registry, site: Site, config: RunConfig, model: str) 
 
 
 def run_job(site: Site, spec: JobSpec, label: str, console: Console) -> None:
-    """Start the job, or join it if it is running already, and wait for its end; an interrupt stops it."""
-    cluster = Cluster(site)
+    """Start the job, or join it if it is running already, and see it through; an interrupt stops it.
+
+    Drivers and clusters that are lost meanwhile are replaced, as `vitscale supervise` does.
+    """
+    supervisor = submit(site, spec)
     try:
-        job = cluster.start(spec)
-        with JobProgress(spec, job, label, console) as progress:
-            cluster.follow(spec, job, progress.tick)
+        with JobProgress(spec, label, console) as progress:
+            while not supervisor.step():
+                progress.tick(supervisor.job, supervisor.note)
+                time.sleep(POLL_SECONDS)
+            progress.tick(supervisor.job, "")
     except KeyboardInterrupt:
         console.print(f"  stopping {label}; the same command goes on from its last commit")
-        cluster.stop(spec)
+        wish(open_store(spec.runs), spec.digest, running=False)
+        Cluster(site).stop(spec)
         raise
+
+
+def submit(site: Site, spec: JobSpec) -> Supervisor:
+    """Start the job, or join it if it is running already; what keeps it alive from now on."""
+    store, cluster = open_store(spec.runs), Cluster(site)
+    wish(store, spec.digest, running=True)
+    try:
+        job = cluster.start(spec)
+    except VitscaleError:
+        wish(store, spec.digest, running=False)
+        raise
+    name_runs(store, spec)
+    return Supervisor(site, spec, job)
 
 
 def _resolve(config: RunConfig) -> RunConfig:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from orchestrator.job import JobSpec, read_note, run_url
-from workers.storage import open_store
+from workers.storage import Unavailable, open_store
 from workers.training.metrics import EventReader
 
 PLAIN_SECONDS = 10.0
@@ -18,10 +18,9 @@ PLAIN_SECONDS = 10.0
 class JobProgress:
     """One bar for all runs of a job, in images seen; `tick` reads what is new."""
 
-    def __init__(self, spec: JobSpec, job: str, label: str, console: Console) -> None:
+    def __init__(self, spec: JobSpec, label: str, console: Console) -> None:
         self._console = console
         self._store = open_store(spec.runs)
-        self._job = job
         self._readers = {c.run: EventReader(open_store(run_url(spec.runs, c))) for c in spec.configs}
         self._seen = dict.fromkeys(self._readers, 0)
         self._values: dict[str, float] = {}
@@ -55,10 +54,16 @@ class JobProgress:
     ) -> None:
         self._bar.stop()
 
-    def tick(self) -> None:
-        note = read_note(self._store, self._job)
-        if self._read():
-            self._old_note = note
+    def tick(self, job: str, note: str) -> None:
+        """`note`: what is being waited for; if nothing, what the job itself notes counts.
+
+        A store that is away for a while is no reason to end."""
+        try:
+            note = note or read_note(self._store, job)
+            if self._read():
+                self._old_note = note
+        except Unavailable as error:
+            note = str(error)
         done = sum(self._seen.values())
         text = note if note != self._old_note else self._text()
         self._bar.update(self._task, completed=done, values=text)

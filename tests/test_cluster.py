@@ -16,15 +16,24 @@ import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
-from orchestrator import cluster as cluster_module
 from orchestrator import ray_jobs
+from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
-from orchestrator.job import JobSpec, run_url, write_failure
+from orchestrator.job import (
+    JobSpec,
+    name_runs,
+    run_url,
+    wish,
+    write_done,
+    write_failure,
+    write_spec,
+)
 from orchestrator.site import Site
+from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import ConfigError, DataError, VitscaleError
-from workers.storage import open_store
+from workers.storage import Unavailable, open_store
 from workers.training.commits import CommitLog
 
 CONFIG = make_config(VALUES)
@@ -77,7 +86,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(ray_jobs, "JobSubmissionClient", lambda url: fake)
     monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(cluster_module, "POLL_SECONDS", 0.0)
     return fake
 
 
@@ -163,90 +171,150 @@ def test_nothing_that_a_person_typed_reaches_the_shell_and_no_secret_the_job(
     assert "canary" not in json.dumps(job.runtime_env) + json.dumps(job.metadata)
 
 
-def test_following_ends_when_the_runs_are_complete(cluster: Cluster, fake: FakeRay, store_url: str) -> None:
+def test_a_head_that_is_gone_is_told(cluster: Cluster, fake: FakeRay, store_url: str) -> None:
     spec = make_spec(store_url)
-    job = cluster.start(spec)
-    ticks = iter(range(5))
-
-    def on_tick() -> None:
-        if next(ticks) == 3:
-            complete(store_url)
-            fake.jobs[job].status = JobStatus.SUCCEEDED
-
-    cluster.follow(spec, job, on_tick)
-    assert next(ticks, None) is None
-
-
-def test_a_head_that_is_busy_for_a_moment_ends_nothing(
-    cluster: Cluster, fake: FakeRay, store_url: str
-) -> None:
-    spec = make_spec(store_url)
-    job = cluster.start(spec)
-    complete(store_url)
-    fake.jobs[job].status = JobStatus.SUCCEEDED
-    fake.failures = [ConnectionError("reset"), RuntimeError("Request failed with status code 500: x")]
-    cluster.follow(spec, job, lambda: None)
-    assert fake.failures == []
-
-
-def test_a_head_that_is_gone_is_told(
-    cluster: Cluster, fake: FakeRay, store_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ray_jobs, "PATIENCE_SECONDS", 0.0)
-    spec = make_spec(store_url)
-    job = cluster.start(spec)
-    fake.failures = [ConnectionError("refused")] * 100
+    fake.failures = [ConnectionError("refused")]
     with pytest.raises(DataError, match=r"Ray at http://head:8265 cannot be reached or refuses \(refused\)"):
-        cluster.follow(spec, job, lambda: None)
-    with pytest.raises(DataError, match="refused"):
         cluster.start(spec)
     fake.failures = [AuthenticationError("401")]
     with pytest.raises(DataError, match="refused the token; name its file in the site's ray_token_file"):
         cluster.start(spec)
 
 
-def test_a_job_s_own_error_is_raised_again(cluster: Cluster, fake: FakeRay, store_url: str) -> None:
+@pytest.fixture
+def supervisor(cluster: Cluster, store_url: str, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    """Of a job that was submitted."""
+    monkeypatch.setattr(supervisor_module, "MAX_DELAY_SECONDS", 0.0)
     spec = make_spec(store_url)
-    job = cluster.start(spec)
-    fake.jobs[job].status = JobStatus.FAILED
-    write_failure(open_store(store_url), job, ConfigError("data.subset: too many"))
+    wish(open_store(store_url), spec.digest, running=True)
+    return Supervisor(SITE, spec, cluster.start(spec))
+
+
+def end(fake: FakeRay, job: str, status: JobStatus) -> None:
+    fake.jobs[job].status = status
+
+
+def test_a_job_is_done_when_its_record_says_so_whatever_ray_says(
+    supervisor: Supervisor, fake: FakeRay, store_url: str
+) -> None:
+    assert not supervisor.step()
+    fake.failures = [ConnectionError("reset"), RuntimeError("Request failed with status code 500: x")]
+    assert not supervisor.step() and "reset" in supervisor.note
+    assert not supervisor.step() and "status code 500" in supervisor.note
+    assert not supervisor.step() and not supervisor.note
+    end(fake, supervisor.job, JobStatus.FAILED)
+    write_done(open_store(store_url), make_spec(store_url).digest)
+    assert supervisor.step()
+
+
+def test_a_job_s_own_error_is_raised_again(supervisor: Supervisor, fake: FakeRay, store_url: str) -> None:
+    end(fake, supervisor.job, JobStatus.FAILED)
+    write_failure(open_store(store_url), supervisor.job, ConfigError("data.subset: too many"))
     with pytest.raises(ConfigError, match=r"^data\.subset: too many$"):
-        cluster.follow(spec, job, lambda: None)
+        supervisor.step()
 
 
-def test_a_driver_that_died_leaves_the_end_of_its_log(
-    cluster: Cluster, fake: FakeRay, store_url: str
+def test_a_service_that_was_away_ends_nothing(supervisor: Supervisor, fake: FakeRay, store_url: str) -> None:
+    for _ in range(3 * MAX_RESTARTS):
+        job = supervisor.job
+        end(fake, job, JobStatus.FAILED)
+        write_failure(open_store(store_url), job, Unavailable("MLflow is down"))
+        assert not supervisor.step()
+        assert supervisor.job != job
+        assert "MLflow is down" in supervisor.note
+
+
+def test_a_driver_that_dies_is_replaced_as_long_as_commits_come(
+    supervisor: Supervisor, fake: FakeRay, store_url: str
 ) -> None:
-    spec = make_spec(store_url)
-    job = cluster.start(spec)
-    fake.jobs[job].status = JobStatus.FAILED
-    fake.jobs[job].driver_exit_code = -9
-    fake.jobs[job].message = "the head had no node for it"
+    log = CommitLog(open_store(run_url(store_url, CONFIG)))
+    lease = log.take_lease()
+    for images in range(2 * MAX_RESTARTS):
+        log.append(
+            lease,
+            parent=images - 1 if images else None,
+            manifest="m",
+            digest="d",
+            images_seen=images + 1,
+            complete=False,
+        )
+        job = supervisor.job
+        end(fake, job, JobStatus.FAILED)
+        assert not supervisor.step()
+        assert supervisor.job != job
+    assert f"starting another from image {images + 1}" in supervisor.note
+
+
+def test_a_driver_that_dies_again_and_again_leaves_the_end_of_its_log(
+    supervisor: Supervisor, fake: FakeRay, store_url: str
+) -> None:
     fake.log = "".join(f"\x1b[36m(worker)\x1b[0m line {number}\n" for number in range(100))
+    for restart in range(MAX_RESTARTS):
+        end(fake, supervisor.job, JobStatus.FAILED)
+        # Who counts may be another each time.
+        supervisor = Supervisor(SITE, make_spec(store_url), supervisor.job)
+        assert not supervisor.step()
+        assert supervisor.job.endswith(f"-{restart + 1}")
+    end(fake, supervisor.job, JobStatus.FAILED)
+    fake.jobs[supervisor.job].driver_exit_code = -9
     with pytest.raises(VitscaleError) as caught:
-        cluster.follow(spec, job, lambda: None)
-    first, *log = str(caught.value).splitlines()
-    assert first == (
-        f"job {job} ended as FAILED (exit code -9); the same command goes on from the last commit. "
-        "Its log ends:"
-    )
-    assert log == [f"(worker) line {number}" for number in range(85, 100)]
-    fake.log = ""
-    with pytest.raises(VitscaleError, match="the head had no node for it"):
-        cluster.follow(spec, job, lambda: None)
+        supervisor.step()
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith(f"job {supervisor.job} ended as FAILED (exit code -9), as 5 before it did")
+    assert lines == [f"(worker) line {number}" for number in range(85, 100)]
 
 
-def test_a_job_of_a_head_that_forgot_its_jobs_is_not_told_the_error_of_an_earlier_one(
-    cluster: Cluster, fake: FakeRay, store_url: str
+def test_a_cluster_that_was_lost_with_its_jobs_gets_them_again(
+    supervisor: Supervisor, fake: FakeRay, store_url: str
 ) -> None:
-    spec = make_spec(store_url)
-    job = cluster.start(spec)
-    write_failure(open_store(store_url), job, DataError("MLflow is down"))
+    job = supervisor.job
+    write_failure(open_store(store_url), job, DataError("of an earlier life"))
     fake.jobs.clear()
-    assert cluster.start(spec) == job
-    fake.jobs[job].status = JobStatus.FAILED
-    with pytest.raises(VitscaleError, match="ended as FAILED"):
-        cluster.follow(spec, job, lambda: None)
+    assert not supervisor.step()
+    assert list(fake.jobs) == [job]
+    end(fake, job, JobStatus.FAILED)
+    assert not supervisor.step()
+    assert list(fake.jobs) == [job, f"{job[:-2]}-1"]
+
+
+def test_a_job_that_is_stopped_by_its_user_stays_so(
+    supervisor: Supervisor, fake: FakeRay, store_url: str
+) -> None:
+    wish(open_store(store_url), make_spec(store_url).digest, running=False)
+    assert not supervisor.step()  # it commits and ends first
+    end(fake, supervisor.job, JobStatus.STOPPED)
+    with pytest.raises(Stopped, match="stopped at image 0; the same command goes on from there"):
+        supervisor.step()
+    assert len(fake.jobs) == 1
+
+
+def test_supervising_sees_jobs_through_and_tells_of_them(
+    cluster: Cluster, fake: FakeRay, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "TICK_SECONDS", 0.0)
+    store, specs = (
+        open_store(store_url),
+        [make_spec(store_url, make_config(changed("seed", n))) for n in (1, 2)],
+    )
+    for spec in specs:
+        write_spec(spec)
+        name_runs(store, spec)
+        wish(store, spec.digest, running=True)
+    told: list[tuple[str, str]] = []
+
+    def tell(run: str, text: str) -> None:
+        told.append((run, text))
+        job = next(iter(job for job in fake.jobs if job.startswith(specs[len(told) > 1].digest[:16])), None)
+        if text.startswith("job"):
+            end(fake, str(job), JobStatus.FAILED)
+            if run == specs[0].configs[0].run:
+                write_done(store, specs[0].digest)
+            else:
+                write_failure(store, str(job), DataError("train-000000.tar: digest mismatch"))
+
+    site = SITE.model_copy(update={"runs": store_url})
+    assert supervise(site, [spec.configs[0].run for spec in specs], tell) == 1
+    assert {text for _, text in told} >= {"done", "train-000000.tar: digest mismatch"}
 
 
 def test_stopping_ends_this_job_and_no_other(cluster: Cluster, fake: FakeRay, store_url: str) -> None:

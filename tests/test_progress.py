@@ -27,20 +27,22 @@ def test_a_line_says_how_far_the_job_is_or_what_it_waits_for(store_url: str, mon
         writer.write("metrics", images, values={"loss": 1.5, "images_per_second": 2000.0})
         writer.flush()
 
-    with JobProgress(spec, "job-0", "study", Console(file=output, width=200)) as progress:
-        progress.tick()
+    with JobProgress(spec, "study", Console(file=output, width=200)) as progress:
+        progress.tick("job-0", "")
         write_note(store, "job-0", "waiting for nodes")
-        progress.tick()
+        progress.tick("job-0", "")
         trained(TOTAL // 2)
-        progress.tick()
+        progress.tick("job-0", "")
         write_note(store, "job-0", "a worker died")
-        progress.tick()
+        progress.tick("job-0", "")
+        progress.tick("job-0", "Ray is away")
     assert output.getvalue().splitlines() == [
         "  study: 0 %  waiting for workers",
         "  study: 0 %  waiting for nodes",
         "  study: 50 %  loss 1.500  2,000 images/s",
         "  study: 50 %  a worker died",
+        "  study: 50 %  Ray is away",
     ]
-    with JobProgress(spec, "job-0", "study", Console(file=output, width=200)) as again:
-        again.tick()
+    with JobProgress(spec, "study", Console(file=output, width=200)) as again:
+        again.tick("job-0", "")
     assert output.getvalue().splitlines()[-1] == "  study: 50 %  a worker died"

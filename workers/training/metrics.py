@@ -76,6 +76,27 @@ class EventReader:
         return True
 
 
+def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
+    """Of an epoch's first and last segment, in few requests: as the logarithm of their number."""
+    known, step = -1, 1
+    while _exists(store, segment_key(epoch, known + step)):
+        known, step = known + step, 2 * step
+    while step > 1:
+        step //= 2
+        if _exists(store, segment_key(epoch, known + step)):
+            known += step
+    lines = [store.read(segment_key(epoch, seq)).splitlines() for seq in sorted({0, known}) if known >= 0]
+    return [json.loads(line) for segment in lines for line in segment]
+
+
+def _exists(store: Store, key: str) -> bool:
+    try:
+        store.head(key)
+    except NotFound:
+        return False
+    return True
+
+
 def segment_key(epoch: int, seq: int) -> str:
     return f"events/{epoch:06d}-{seq:06d}.jsonl"
 

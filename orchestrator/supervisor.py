@@ -1,0 +1,150 @@
+"""Keeps jobs alive whose users want them done: a run outlives its driver, the cluster, and this process.
+
+Whether a job is to run is an object in the store (`job.wish`), whether it is done another (`job.is_done`),
+and how far its runs are is in their commit logs. Ray's word on a job is a hint. If it is wrong and two
+drivers train one run, the later lease wins and the other ends without a trace: one too many does no harm.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from ray.job_submission import JobDetails
+
+from orchestrator.cluster import Cluster
+from orchestrator.job import (
+    JobSpec,
+    Restarts,
+    find_spec,
+    is_done,
+    is_wished,
+    list_runs,
+    read_failure,
+    read_restarts,
+    run_head,
+    write_restarts,
+)
+from orchestrator.ray_jobs import ENDED
+from orchestrator.site import Site
+from workers.errors import DataError, VitscaleError
+from workers.storage import Unavailable, open_store
+
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 5
+"""Of drivers that died for no reason that passes with time, without a new commit."""
+MAX_DELAY_SECONDS = 60.0
+TICK_SECONDS = 0.5
+
+
+class Stopped(VitscaleError):
+    """Its user does not want the job done any more."""
+
+
+class Supervisor:
+    """Of one job: `step` again and again until it says that there is nothing left to do."""
+
+    def __init__(self, site: Site, spec: JobSpec, job: str = "") -> None:
+        """`job` is Ray's name for it, if it was started already."""
+        self._site, self._spec = site, spec
+        self._store = open_store(spec.runs)
+        self._cluster: Cluster | None = None
+        self._not_before = 0.0
+        self._judged = ""
+        self.job = job
+        self.note = ""
+        """What is being waited for."""
+
+    def step(self) -> bool:
+        """Start the job if none runs. True once it is done; Stopped if that is no longer wished; what went
+        wrong if it is of no use to try again. Waits for nothing; what is away for a while is in `note`."""
+        try:
+            done, failure = self._look()
+        except DataError as error:
+            # Of the store or of Ray, and not of the job: they come back.
+            self.note, self._cluster = str(error), None
+            return False
+        if failure is not None:
+            raise failure
+        return done
+
+    def _look(self) -> tuple[bool, VitscaleError | None]:
+        """Whether the job is done, and what it has failed of for good."""
+        if is_done(self._store, self._spec.digest):
+            return True, None
+        self._cluster = self._cluster or Cluster(self._site)
+        found = self._cluster.newest(self._spec)
+        if found is not None and found[1].status not in ENDED:
+            self.job, self.note = found[0], ""
+            return False, None
+        if not is_wished(self._store, self._spec.digest):
+            at = f"stopped at image {self._images_seen():,}"
+            return False, Stopped(f"{at}; the same command goes on from there")
+        if found is not None and self._judged != found[0]:
+            self._judged = found[0]
+            if failure := self._judge(self._cluster, *found):
+                return False, failure
+        if time.monotonic() >= self._not_before:
+            self.job = self._cluster.start(self._spec)
+            log.info("job %s trains %s", self.job, ", ".join(config.run for config in self._spec.configs))
+        return False, None
+
+    def _judge(self, cluster: Cluster, job: str, details: JobDetails) -> VitscaleError | None:
+        """Of a job that has ended: what went wrong, if another would end as this did; else when to start it.
+
+        A service that was away counts for nothing; of other deaths each that no commit came before doubles
+        the delay, and some are too many.
+        """
+        failure = read_failure(self._store, job)
+        if failure is not None and not isinstance(failure, Unavailable):
+            return failure
+        before, images_seen = read_restarts(self._store, self._spec.digest), self._images_seen()
+        count = before.count if before and before.images_seen == images_seen else 0
+        ended = f"job {job} ended as {details.status.value}"
+        if failure is not None:
+            self._not_before = time.monotonic() + MAX_DELAY_SECONDS
+            self.note = f"{ended}: {failure}; starting another in {MAX_DELAY_SECONDS:.0f} s"
+            return None
+        if count >= MAX_RESTARTS:
+            return VitscaleError(
+                f"{ended} (exit code {details.driver_exit_code}), as {count} before it did without a new "
+                f"commit; the same command tries again. Its log ends:\n{cluster.log_tail(job, details)}"
+            )
+        write_restarts(self._store, self._spec.digest, Restarts(count + 1, images_seen))
+        self._not_before = time.monotonic() + min(2.0**count, MAX_DELAY_SECONDS)
+        self.note = f"{ended}; starting another from image {images_seen:,}"
+        return None
+
+    def _images_seen(self) -> int:
+        heads = [run_head(self._spec.runs, config) for config in self._spec.configs]
+        return sum(head.images_seen for head in heads if head)
+
+
+def supervise(site: Site, runs: Sequence[str], tell: Callable[[str, str], None]) -> int:
+    """Keep the jobs of these runs alive until all have ended; without any, those of all runs, for ever.
+
+    `tell(run, text)` hears of each change. Returns how many jobs failed.
+    """
+    watched: dict[str, Supervisor] = {}
+    ended: set[str] = set()
+    told: dict[str, str] = {}
+    failed = 0
+    while not runs or not watched or watched.keys() - ended:
+        for run in runs or list_runs(open_store(site.runs)):
+            spec = find_spec(site.runs, run)
+            if spec.digest in ended or not (runs or is_wished(open_store(site.runs), spec.digest)):
+                continue
+            supervisor = watched.setdefault(spec.digest, Supervisor(site, spec))
+            try:
+                done = supervisor.step()
+                text = "done" if done else supervisor.note or f"job {supervisor.job} runs"
+            except VitscaleError as error:
+                failed += not isinstance(error, Stopped)
+                done, text = True, str(error)
+            if done:
+                ended.add(spec.digest)
+            if text != told.get(run):
+                told[run] = text
+                tell(run, text)
+        time.sleep(TICK_SECONDS)
+    return failed

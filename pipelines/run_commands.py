@@ -1,0 +1,159 @@
+"""Commands for runs that go on without them: submit, look at, stop, keep alive."""
+
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.terminal import AsJson, DataRoot, Overrides, SiteFile, console, errors, open_site
+
+if TYPE_CHECKING:
+    from orchestrator.status import RunStatus
+
+Run = Annotated[str, typer.Argument(help="A run's name, as `vitscale submit` and MLflow have it.")]
+POLL_SECONDS = 1.0
+
+
+def submit(
+    config: Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")],
+    data: DataRoot = None,
+    overrides: Overrides = None,
+    register_as: Annotated[
+        str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
+    ] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain on the cluster as `vitscale train` does, without waiting for it.
+
+    Example: vitscale submit vit-digits --data s3://vitscale/digits
+    """
+    where = open_site(site)
+    from pipelines import pretrain
+
+    run = pretrain.read_config(config, where.data_url(data) if data else None, overrides or [])
+    spec = pretrain.make_spec(where, run, register_as or run.name, f"train {run.name}")
+    job = pretrain.submit(where, spec).job
+    if as_json:
+        typer.echo(json.dumps({"run": run.run, "job": job}))
+        return
+    console.print(f"{run.run} is submitted as job {job}")
+    console.print(f"look at it: vitscale status {run.run}; keep it alive: vitscale supervise {run.run}")
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run's name; without it all runs.")] = None,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is true of runs, from their own records in the store; what Ray says of their jobs is a hint.
+
+    Example: vitscale status vit-digits-1a2b3c4d5e
+    """
+    where = open_site(site)
+    from orchestrator.job import find_spec, list_runs
+    from orchestrator.status import run_status
+    from workers.storage import open_store
+
+    names = [run] if run else list_runs(open_store(where.runs))
+    states = [run_status(where, find_spec(where.runs, name), name) for name in names]
+    if as_json:
+        typer.echo(json.dumps([asdict(state) for state in states]))
+        return
+    table = Table("run", "state", "images", "committed", "workers", "heard", "values", "", box=None)
+    for state in states:
+        table.add_row(*_row(state))
+    console.print(table)
+
+
+def _row(state: "RunStatus") -> tuple[str, ...]:
+    shown = (
+        ("loss", "loss {:.3f}"),
+        ("val_accuracy", "val {:.1%}"),
+        ("images_per_second", "{:,.0f} images/s"),
+    )
+    heard = f"{time.time() - state.heard:,.0f} s ago" if state.heard is not None else "never"
+    return (
+        state.run,
+        state.state,
+        f"{state.images_seen:,} of {state.total:,}",
+        f"{state.committed:,}",
+        str(state.workers or ""),
+        heard,
+        "  ".join(form.format(state.values[name]) for name, form in shown if name in state.values),
+        state.detail,
+    )
+
+
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    site: SiteFile = None,
+) -> None:
+    """What the driver of a run's job has written, as far as Ray still has it.
+
+    Example: vitscale logs -f vit-digits-1a2b3c4d5e
+    """
+    where = open_site(site)
+    from orchestrator.cluster import Cluster
+    from orchestrator.job import find_spec
+    from orchestrator.ray_jobs import ENDED
+
+    spec, cluster = find_spec(where.runs, run), Cluster(where)
+    job, printed = "", 0
+    while (found := cluster.newest(spec)) is not None:
+        if found[0] != job:
+            job, printed = found[0], 0
+        text = cluster.log(job)
+        typer.echo(text[printed:], nl=False)
+        printed = len(text)
+        if not follow or found[1].status in ENDED:
+            return
+        time.sleep(POLL_SECONDS)
+    errors.print(f"Ray knows of no job of {run}; `vitscale status {run}` says how it stands")
+
+
+def stop(run: Run, site: SiteFile = None, as_json: AsJson = False) -> None:
+    """Have a run's job commit and end, and stay so until a command starts it again.
+
+    Example: vitscale stop vit-digits-1a2b3c4d5e
+    """
+    where = open_site(site)
+    from orchestrator.cluster import Cluster
+    from orchestrator.job import find_spec, wish
+    from orchestrator.status import run_status
+    from workers.storage import open_store
+
+    spec = find_spec(where.runs, run)
+    # First what counts: whoever keeps the job alive sees it, and so does a driver that Ray cannot reach.
+    wish(open_store(where.runs), spec.digest, running=False)
+    Cluster(where).stop(spec)
+    state = run_status(where, spec, run)
+    if as_json:
+        typer.echo(json.dumps(asdict(state)))
+        return
+    console.print(f"{run}: {state.state} at image {state.committed:,} of {state.total:,}")
+
+
+def supervise(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Names of runs; without any, all of the site.")
+    ] = None,
+    site: SiteFile = None,
+) -> None:
+    """Keep the jobs of runs alive: start them again when their driver or the whole cluster was lost.
+
+    Ends when all named runs have; without names never: let systemd or a Deployment start it again. It may be
+    killed at any time, and several at once do no harm.
+
+    Example: vitscale supervise vit-digits-1a2b3c4d5e
+    """
+    where = open_site(site)
+    from orchestrator.supervisor import supervise as keep_alive
+
+    failed = keep_alive(where, runs or [], lambda run, text: errors.print(f"{run}: {text}", markup=False))
+    if failed:
+        raise typer.Exit(1)
