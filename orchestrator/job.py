@@ -54,7 +54,8 @@ class JobSpec(Part):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+        """Without defaults, so that a version that knows more fields means the same job."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True).encode()
 
 
 def check_name(name: str, what: str) -> None:

@@ -150,7 +150,7 @@ OTHER: dict[str, Any] = {
 }
 """Another value for what may not just be a little more."""
 
-GOLDEN_DIGEST = "76df10e6e4e85cb4e5fac010fb973fc9ca111585574d73fbc6907dfbf581890c"
+GOLDEN_DIGEST = "230cad936cecd556d66b9e9c808588530670f2a49836fb82736d3d2d08f1256b"
 
 NO_MATTER = {
     "name",

@@ -383,24 +383,26 @@ class RunConfig(Part):
 
     @property
     def digest(self) -> str:
-        """sha256 of all that changes the result."""
-        identity = self.model_dump(mode="json", exclude={"name": True, "compute": True})
+        """sha256 of all that changes the result and is not as it is by default: a version that knows more
+        fields calls the same run by the same name."""
+        exclude = {"name": True, "compute": True}
+        identity = self.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
         for url, fingerprint in (("url", "fingerprint"), ("validation_url", "validation_fingerprint")):
-            if identity["data"][fingerprint] is not None:
+            if identity["data"].get(fingerprint) is not None:
                 identity["data"].pop(url)
-        for source in identity["data"]["mix"]:
-            if source["fingerprint"] is not None:
+        for source in identity["data"].get("mix", ()):
+            if source.get("fingerprint") is not None:
                 source.pop("url")
         for layout in ("image_key", "label"):  # checks: what they say is in the index, and its fingerprint
-            identity["data"].pop(layout)
+            identity["data"].pop(layout, None)
         if self.init is not None:
             for place in ("manifest", "parent"):
                 identity["init"].pop(place)
         if self.fork is not None:
             identity["fork"] = self.fork.digest
         for shown in ("log_every_images", "checkpoint_every_images", "eval_every_images", "probe_images"):
-            identity["train"].pop(shown)
-        identity["train"].pop("max_bad_steps")  # with another one the same run goes on
+            identity["train"].pop(shown, None)
+        identity["train"].pop("max_bad_steps", None)  # with another one the same run goes on
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property
