@@ -75,7 +75,9 @@ class JobProgress:
         """Take what is new; whether there was anything."""
         events = [(run, event) for run, reader in self._readers.items() for event in reader.read()]
         for run, event in events:
-            self._seen[run] = event["images_seen"]
+            # Of a commit one hears when training is further.
+            if event["kind"] != "commit":
+                self._seen[run] = event["images_seen"]
             self._values |= event.get("values", {})
             if event["kind"] == "bad_samples":
                 self._values["bad_samples"] = len(event["samples"])

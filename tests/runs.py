@@ -61,7 +61,7 @@ def train_on(world_size: int, config: RunConfig, run_url: str) -> list[str]:
 def train_rank(
     config: RunConfig, run_url: str, before_create: Callable[[str], None] | None = None
 ) -> list[str]:
-    """On one rank; `before_create(key)` is called before each create-once write of this rank."""
+    """On one rank; `before_create(key)` is called before this rank writes an object."""
     if before_create is not None:
         loop.open_store = lambda url: HookedStore(open_store(url), before_create)
     with recorded_logs() as lines:
@@ -77,6 +77,10 @@ class HookedStore:
     def create(self, key: str, data: bytes) -> None:
         self._before_create(key)
         self._store.create(key, data)
+
+    def upload(self, key: str, path: Path) -> None:
+        self._before_create(key)
+        self._store.upload(key, path)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

@@ -38,15 +38,16 @@ from workers.training.checkpoint import (
     load_into,
     open_manifest,
     read_manifest,
-    write_shards,
 )
 from workers.training.commits import CommitLog
+from workers.training.committer import Committer
 from workers.training.ema import Average
 from workers.training.inputs import make_sources, open_data
 from workers.training.optim import make_optimizers
 from workers.training.parallel import ShardPlace, parallelize
 from workers.training.restore import load_model, restore_test
 from workers.training.rows import local
+from workers.training.snapshot import Snapshot
 from workers.training.state import TrainState, share_lease
 
 
@@ -87,53 +88,58 @@ def whole(by_rank):
     return {name: np.concatenate([rank[name] for rank in by_rank]) for name in by_rank[0]}
 
 
+def odd_manifest(training, step, place, snapshot):
+    return Manifest(
+        run="odd",
+        images_seen=step,
+        step=step,
+        epoch=0,
+        parent=None,
+        world_size=dist.get_world_size(),
+        num_shards=place.count,
+        objects={},
+        shapes=snapshot.shapes,
+        scalars={},
+        config={},
+        sources=[],
+        tallies=[],
+        bad_samples=[],
+        metrics={},
+        versions={},
+        complete=False,
+    )
+
+
 def save_odd(config, url):
-    """Before the first optimizer step and after two; (key, digest, rows) of each."""
-    store = open_store(url)
-    world_size = dist.get_world_size()
-    training, place = make_odd(world_size, config), ShardPlace.of(config.compute)
-    saved = []
+    """Before the first optimizer step and after two; the run's URL, commit and rows of each."""
+    store = open_store(f"{url}/{dist.get_world_size()}")
+    training, place = make_odd(dist.get_world_size(), config), ShardPlace.of(config.compute)
+    lease = share_lease(store, CPU)
+    committer = Committer(store, lease, place, None, parent=None, parent_digest=None)
+    states = []
     for step in range(3):
         if step in (0, 2):
-            directory = f"checkpoints/{world_size}-{step}"
-            written = write_shards(store, directory, training, place)
-            manifest = Manifest(
-                run="odd",
-                images_seen=step,
-                step=step,
-                epoch=0,
-                parent=None,
-                world_size=world_size,
-                num_shards=place.count,
-                objects=written.gather(CPU),
-                shapes=written.shapes,
-                scalars=written.scalars,
-                config={},
-                sources=[],
-                tallies=[],
-                bad_samples=[],
-                metrics={},
-                versions={},
-                complete=False,
-            )
-            digest = hashlib.sha256(manifest.to_bytes()).hexdigest()
-            if dist.get_rank() == 0:
-                store.create(f"{directory}/{MANIFEST}", manifest.to_bytes())
-            saved.append((f"{directory}/{MANIFEST}", digest, rows(training)))
+            committer.wait_for_room()
+            snapshot = Snapshot.take(training, place)
+            committer.commit(odd_manifest(training, step, place, snapshot), snapshot)
+            states.append(rows(training))
         training.model(torch.randn(4, 5)).square().sum().backward()
         for optimizer in training.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return saved
+    committer.wait()
+    committer.close()
+    commits = reversed(list(CommitLog(store).lineage_from(committer.parent)))
+    return [(store.url, commit, state) for commit, state in zip(commits, states, strict=True)]
 
 
-def load_odd(config, url, checkpoints):
+def load_odd(config, checkpoints):
     """Rows of a model with other weights after it loaded each checkpoint, and one step later."""
-    store = open_store(url)
     loaded = []
-    for key, digest in checkpoints:
-        training = make_odd(99, config)
-        load_into(store, read_manifest(store, key, digest), training, ShardPlace.of(config.compute))
+    for url, commit in checkpoints:
+        training, store = make_odd(99, config), open_store(url)
+        manifest = read_manifest(store, commit.manifest, commit.digest)
+        load_into(store, manifest, training, ShardPlace.of(config.compute))
         before = rows(training)
         training.model(torch.ones(2, 5)).square().sum().backward()
         for optimizer in training.optimizers:
@@ -147,13 +153,13 @@ def test_saved_on_n_ranks_loads_on_m(digits_url, store_url):
     saved = {}
     for world_size in (1, 2, 3, 4):
         for by_rank in zip(*on_ranks(world_size, save_odd, config, store_url), strict=True):
-            key, digest, _ = by_rank[0]
-            saved[key, digest] = whole([state for _, _, state in by_rank])
+            url, commit, _ = by_rank[0]
+            saved[url, commit] = whole([state for _, _, state in by_rank])
     assert [len(state) for state in saved.values()] == [7, 7 + 3 * 7] * 4
     continued = {}
     for world_size in (1, 2, 3, 4):
-        loaded = zip(*on_ranks(world_size, load_odd, config, store_url, list(saved)), strict=True)
-        for ((key, _), expected), by_rank in zip(saved.items(), loaded, strict=True):
+        loaded = zip(*on_ranks(world_size, load_odd, config, list(saved)), strict=True)
+        for (key, expected), by_rank in zip(saved.items(), loaded, strict=True):
             found, later = whole([state for state, _ in by_rank]), whole([state for _, state in by_rank])
             assert found.keys() == expected.keys()
             for name, value in expected.items():

@@ -1,6 +1,8 @@
 """Events: what a writer leaves in the store and what a reader makes of it, whoever dies in between."""
 
 import math
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.errors import DataError
-from workers.storage import AlreadyExists, FileStore, NotFound, ObjectInfo
+from workers.storage import AlreadyExists, FileStore, NotFound, ObjectInfo, Unavailable
 from workers.training import metrics
-from workers.training.metrics import FLUSH_SECONDS, EventReader, EventWriter, lease_key, segment_key
+from workers.training.metrics import EventReader, EventWriter, lease_key, segment_key
 
 
 class MemoryStore:
@@ -45,14 +47,6 @@ def numbers(reader: EventReader) -> list[tuple[int, int]]:
 @pytest.fixture
 def store() -> MemoryStore:
     return MemoryStore()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the writer's clock shows."""
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    return now
 
 
 def test_a_segment_is_lines_of_json_written_once(tmp_path: Path) -> None:
@@ -96,38 +90,85 @@ def test_events_come_back_as_they_were(tmp_path: Path) -> None:
     assert event["values"] == {"norm": math.inf, "small": 5e-324}
 
 
-def test_a_segment_is_written_every_few_seconds(store: MemoryStore, clock: list[float]) -> None:
-    writer = EventWriter(store, 0)
-    writer.write("metrics", 1)
-    clock[0] += FLUSH_SECONDS
-    writer.write("metrics", 2)
-    assert store.objects == {}
-    clock[0] += 0.1
-    writer.write("metrics", 3)
-    assert numbers(EventReader(store)) == [(0, 1), (0, 2), (0, 3)]
-    writer.write("metrics", 4)
-    clock[0] += FLUSH_SECONDS - 0.1
-    writer.write("metrics", 5)
-    assert len(store.objects) == 1
+def test_a_segment_is_written_every_few_seconds(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.01)
+    writer, reader = EventWriter(store, 0), EventReader(store)
+    writer.start()
+    for number in range(3):
+        writer.write("metrics", number)
+        until(lambda number=number: (0, number) in numbers(reader))
+    writer.close()
 
 
-def test_events_outlive_an_outage_of_the_store(store: MemoryStore) -> None:
+def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["lost request", "lost reply"])
+def test_events_outlive_an_outage_of_the_store(store: MemoryStore, written: bool) -> None:
+    """Of a segment that the store may have or not nothing is changed, nor is it written twice."""
     writer = EventWriter(store, 0)
     writer.write("metrics", 1)
     create = store.create
 
     def down(key: str, data: bytes) -> None:
-        raise DataError("down")
+        if written:
+            create(key, data)
+        raise Unavailable("down")
 
     store.create = down
     for _ in range(2):
         with pytest.raises(DataError):
             writer.flush()
+        writer.write("metrics", 2)
     store.create = create
-    writer.write("metrics", 2)
     writer.flush()
-    assert numbers(EventReader(store)) == [(0, 1), (0, 2)]
-    assert list(store.objects) == [segment_key(0, 0)]
+    assert numbers(EventReader(store)) == [(0, 1), (0, 2), (0, 2)]
+    assert list(store.objects) == [segment_key(0, number) for number in range(2 + written)]
+
+
+def test_training_goes_on_in_an_outage_until_much_is_to_be_written(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr(metrics, "MAX_WAITING_BYTES", 50_000)
+    writer, create = EventWriter(store, 0), store.create
+    attempts, refused = [], threading.Event()
+
+    def down(key: str, data: bytes) -> None:
+        attempts.append(len(data))
+        refused.set()
+        raise Unavailable("down")
+
+    store.create = down
+    writer.start()
+    writer.write("metrics", 0)
+    refused.wait()
+    for number in range(1, 2000):
+        if writer._size >= metrics.MAX_WAITING_BYTES:
+            store.create = create
+        writer.write("metrics", number)
+    assert len(set(attempts)) == 1
+    writer.flush()
+    writer.close()
+    assert numbers(EventReader(store)) == [(0, number) for number in range(2000)]
+    assert max(map(len, store.objects.values())) < 51_000
+
+
+def test_a_store_that_refuses_events_ends_training(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr(store, "create", refuse)
+    writer = EventWriter(store, 0)
+    writer.start()
+    with pytest.raises(DataError, match="no space left"):
+        until(lambda: writer.write("metrics", 1))
+
+
+def refuse(key: str, data: bytes) -> None:
+    raise DataError("no space left")
 
 
 def test_a_reader_hands_out_each_event_once(store: MemoryStore) -> None:

@@ -189,9 +189,9 @@ def undisturbed(interrupted_config, tmp_path_factory):
 @pytest.mark.parametrize(
     ("world_size", "crashes"),
     [
-        (1, [At("model-00000", 0, die), At("MANIFEST", 0, die), At("commits", 0, die)]),
+        (1, [At("model-00000", 0, die), At("part-00000", 0, die), At("MANIFEST", 0, die)]),
         (1, [At("commits", 0, die, after=True), At("optimizer-00000", 1, die), At("commits", 7, die)]),
-        (2, [At("optimizer-00001", 0, die), At("model-00001", 3, die)]),
+        (2, [At("optimizer-00001", 0, die), At("part-00001", 1, die), At("model-00001", 2, die)]),
         (2, [At("MANIFEST", 3, die), At("commits", 4, die, after=True)]),
     ],
 )

@@ -84,5 +84,17 @@ class Store(Protocol):
     def delete(self, key: str) -> None: ...
 
 
+def create_again(store: Store, key: str, data: bytes) -> None:
+    """`create` where nobody else writes: what an attempt whose reply was lost has left is ours.
+
+    AlreadyExists if other bytes are there.
+    """
+    try:
+        store.create(key, data)
+    except AlreadyExists:
+        if store.read(key) != data:
+            raise
+
+
 def join_url(root: str, *keys: str) -> str:
     return "/".join([root.rstrip("/"), *(key.strip("/") for key in keys)])

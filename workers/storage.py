@@ -22,6 +22,7 @@ from workers.objects import (
     Store,
     Truncated,
     Unavailable,
+    create_again,
     join_url,
 )
 from workers.s3 import PATIENCE_SECONDS, S3Store
@@ -38,6 +39,7 @@ __all__ = [
     "Store",
     "Truncated",
     "Unavailable",
+    "create_again",
     "ensure_bucket",
     "join_url",
     "open_store",

@@ -4,12 +4,14 @@
         model-00000-of-00002.safetensors       rank 0's rows of every parameter
         optimizer-00000-of-00002.safetensors   and of every optimizer moment
         average-00000-of-00002.safetensors     and of the weights' moving average, if there is one
+        part-00000.json                        sizes and digests of these three
         ...
         MANIFEST.json                          digests of the objects, configuration, position, metrics
 
 Saved in N parts, loads in M: each tensor is split along dimension 0 as `torch.chunk` does (so does FSDP2),
 over the ranks of a shard group, the first of which writes; a rank reads the objects that hold rows of
-its own. All is verified before use; nothing here unpickles.
+its own. All is verified before use; nothing here unpickles. An optimizer's
+state is its tensors and scalars: its groups and their rates come from the configuration and the images seen.
 """
 
 import hashlib
@@ -22,7 +24,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -102,9 +103,9 @@ class Manifest:
         return self.key.rpartition("/")[0]
 
 
-def checkpoint_directory(images_seen: int, epoch: int) -> str:
-    """Unique per attempt: an epoch's writer passes each image count once."""
-    return f"checkpoints/{images_seen:012d}-{epoch:06d}"
+def checkpoint_directory(images_seen: int, epoch: int, again: int = 0) -> str:
+    """Unique per attempt; `again` counts an epoch's earlier checkpoints at this image."""
+    return f"checkpoints/{images_seen:012d}-{epoch:06d}" + (f"-{again}" if again else "")
 
 
 def read_manifest(store: Store, key: str, digest: str) -> Manifest:
@@ -154,9 +155,9 @@ class Training:
         kinds = {"": parameters, STATE: self._optimizer_state()[0]}
         return {**kinds, AVERAGE: average} if average else kinds
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, Tensor]:
         """Of the optimizer, such as AdamW's step."""
-        return {name: value.item() for name, value in self._optimizer_state()[1].items()}
+        return self._optimizer_state()[1]
 
     def owners(self) -> dict[Tensor, Optimizer]:
         return {
@@ -176,46 +177,6 @@ class Training:
             for name, value in state.items():
                 (moments if value.ndim else scalars)[f"{STATE}{parameter_name}.{name}"] = value
         return moments, scalars
-
-
-def write_shards(store: Store, directory: str, training: Training, place: ShardPlace) -> "WrittenShards":
-    """This rank's rows of all tensors, as an object of each kind; every rank calls it."""
-    written = WrittenShards({}, {}, training.scalars(), place)
-    for prefix, tensors in training.tensors().items():
-        name = object_name(KINDS[prefix], place.index, place.count)
-        if place.writes:
-            rows = {key: local(value).detach().contiguous().cpu() for key, value in tensors.items()}
-            data = safetensors.torch.save(rows)
-            store.create(f"{directory}/{name}", data)
-            written.objects[KINDS[prefix]] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        else:
-            written.objects[KINDS[prefix]] = {"size": 0, "sha256": "0" * 64}
-        written.shapes.update({key: list(value.shape) for key, value in tensors.items()})
-    return written
-
-
-@dataclass
-class WrittenShards:
-    objects: dict[str, dict[str, Any]]
-    """By kind."""
-    shapes: dict[str, list[int]]
-    scalars: dict[str, float]
-    place: ShardPlace
-
-    def gather(self, device: torch.device) -> dict[str, dict[str, Any]]:
-        """All parts' objects by name, on every rank. Sizes and digests travel as numbers."""
-        row = [number for entry in self.objects.values() for number in _as_numbers(entry)]
-        mine = torch.tensor(row, dtype=torch.int64, device=device)
-        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, mine)
-        objects = {}
-        for index, numbers in enumerate(rows[: self.place.count]):
-            values = numbers.tolist()
-            width = len(values) // len(self.objects)
-            for nth, kind in enumerate(self.objects):
-                entry = _from_numbers(values[nth * width : (nth + 1) * width])
-                objects[object_name(kind, index, self.place.count)] = entry
-        return objects
 
 
 def load_into(store: Store, manifest: Manifest, training: Training, place: ShardPlace) -> None:
@@ -360,13 +321,3 @@ def _rows(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
     """Rows of a rank when `torch.chunk` splits dimension 0: ceil(n/w) each until none are left."""
     share = math.ceil(num_rows / world_size)
     return min(rank * share, num_rows), min((rank + 1) * share, num_rows)
-
-
-def _as_numbers(entry: dict[str, Any]) -> list[int]:
-    digest = bytes.fromhex(entry["sha256"])
-    return [entry["size"], *(int.from_bytes(digest[i : i + 4], "big") for i in range(0, 32, 4))]
-
-
-def _from_numbers(numbers: list[int]) -> dict[str, Any]:
-    size, *words = numbers
-    return {"size": size, "sha256": b"".join(word.to_bytes(4, "big") for word in words).hex()}

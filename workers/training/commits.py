@@ -86,21 +86,33 @@ class CommitLog:
         images_seen: int,
         complete: bool,
     ) -> Commit:
-        """Add a commit; CheckpointError if a newer lease exists."""
+        """Add a commit; CheckpointError if a newer lease exists. After Unavailable call it again."""
         seq = 0 if parent is None else parent + 1
         while True:
-            self._check_lease(lease)
+            self.check_lease(lease)
             commit = Commit(seq, lease.epoch, parent, manifest, digest, images_seen, complete)
             try:
                 self.store.create(_commit_key(seq), json.dumps(asdict(commit)).encode())
             except AlreadyExists:
-                seq += 1
-                continue
+                # Ours if an earlier call wrote it and did not hear so.
+                if self._commit(seq) != commit:
+                    seq += 1
+                    continue
             # A newer lease may have been taken between the check and the write; then this commit is void.
-            self._check_lease(lease)
+            self.check_lease(lease)
             return commit
 
-    def _check_lease(self, lease: Lease) -> None:
+    def find(self, lease: Lease, *, parent: int | None, manifest: str) -> Commit | None:
+        """The entry of a checkpoint of this lease, if it is there."""
+        seq = 0 if parent is None else parent + 1
+        while (commit := self._commit(seq)) is not None:
+            if (commit.epoch, commit.manifest) == (lease.epoch, manifest):
+                return commit
+            seq += 1
+        return None
+
+    def check_lease(self, lease: Lease) -> None:
+        """CheckpointError if a newer lease exists."""
         if self._lease(lease.epoch + 1) is not None:
             raise CheckpointError(
                 f"{self.store.url}: another writer has taken over this run (lease {lease.epoch + 1}); "

@@ -22,6 +22,7 @@ from workers.storage import Store, open_store
 from workers.training.badsteps import BadSteps
 from workers.training.checkpoint import Training
 from workers.training.commits import Lease
+from workers.training.committer import Committer
 from workers.training.ema import Average
 from workers.training.evaluate import Evaluation, evaluate
 from workers.training.feed import Feed
@@ -106,7 +107,11 @@ def _train_under(
         state.resume()
     peak = peak_flops(device, DTYPES[config.train.precision], config.compute.peak_tflops)
     events = EventWriter(store, lease.epoch) if rank == 0 else None
+    committer = Committer(
+        store, lease, state.place, events, parent=state.parent, parent_digest=state.parent_digest
+    )
     if events:
+        events.start()
         events.write("start", state.images_seen, world_size=world_size, peak_tflops=peak / 1e12)
         if resize:
             events.write("metrics", state.images_seen, values=resize)
@@ -136,6 +141,7 @@ def _train_under(
     results: dict[str, Evaluation] = {}
     try:
         while not state.complete and not stopping:
+            committer.check()
             rate = learning_rate(config.optim, state.images_seen, total_images)
             batch = feed.to_device(next(stream))
             totals = train_step(
@@ -180,10 +186,14 @@ def _train_under(
                 if not stopping:
                     write_probes(events, state, model, validation)
                 # Only the final commit was just evaluated: what a gate may ask for.
-                state.commit(evaluation_metrics(results) if state.complete else {}, events)
+                state.commit(evaluation_metrics(results) if state.complete else {}, committer, events)
                 meter.restart()
         pulse.close()
+        committer.wait()
     finally:
+        committer.close()
+        if events:
+            events.close()
         profile.close()
         stream.close()
     return state.complete

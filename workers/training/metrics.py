@@ -2,41 +2,100 @@
 
 Rank 0 writes `events/<epoch>-<seq>.jsonl`, where the epoch is that of its lease; anybody reads. Training
 never talks to a tracking server, so none can stop it. Readers probe for the next segment and never list.
+A `commit` comes later than what training tells meanwhile; everything else is in the order of images.
 """
 
 import json
+import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from workers.storage import NotFound, Store
+from workers.errors import DataError
+from workers.storage import NotFound, Store, Unavailable, create_again
+
+log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 2.0
+MAX_WAITING_BYTES = 64 << 20
+"""Of lines that the store did not take yet: some 100,000 points. Then `write` waits."""
 
 
 class EventWriter:
-    """Collects events and writes a segment every few seconds; `flush` before each commit."""
+    """Collects events, of any thread; once started, a thread of its own writes a segment every few seconds.
+
+    An outage of the store delays events and loses none.
+    """
 
     def __init__(self, store: Store, epoch: int) -> None:
         self._store = store
         self._epoch = epoch
         self._seq = 0
         self._lines: list[str] = []
-        self._last_flush = time.monotonic()
+        self._size = 0
+        """Bytes of the lines."""
+        self._room = threading.Condition()
+        """Guards the lines."""
+        self._segment = b""
+        """What is being written. The store may have it already, so it stays as it is until that is known."""
+        self._flushing = threading.Lock()
+        self._closed = threading.Event()
+        self._error: DataError | None = None
 
     def write(self, kind: str, images_seen: int, **values: Any) -> None:
+        """DataError if the thread could not write, for another reason than an outage."""
         event = {"kind": kind, "images_seen": images_seen, "time": time.time(), **values}
-        self._lines.append(json.dumps(event))
-        if time.monotonic() - self._last_flush > FLUSH_SECONDS:
-            self.flush()
+        line = json.dumps(event)
+        with self._room:
+            self._room.wait_for(lambda: self._error or self._size < MAX_WAITING_BYTES)
+            if self._error:
+                raise self._error
+            self._lines.append(line)
+            self._size += len(line)
 
     def flush(self) -> None:
-        if self._lines:
-            self._store.create(segment_key(self._epoch, self._seq), "\n".join(self._lines).encode())
-            self._lines.clear()
-            self._seq += 1
-        self._last_flush = time.monotonic()
+        """All that was written before is in the store; Unavailable if it is away: call again."""
+        with self._flushing:
+            # Twice: what an earlier call was not sure of is a segment of its own.
+            for _ in range(2):
+                if self._next_segment():
+                    create_again(self._store, segment_key(self._epoch, self._seq), self._segment)
+                    self._segment = b""
+                    self._seq += 1
+
+    def start(self) -> None:
+        threading.Thread(target=self._flush_often, name="events", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread; `flush` before, if all is to be written."""
+        self._closed.set()
+
+    def _next_segment(self) -> bool:
+        with self._room:
+            if not self._segment and self._lines:
+                self._segment = "\n".join(self._lines).encode()
+                self._lines.clear()
+                self._size = 0
+                self._room.notify_all()
+        return bool(self._segment)
+
+    def _flush_often(self) -> None:
+        away = False
+        while not self._closed.wait(FLUSH_SECONDS):
+            try:
+                self.flush()
+                away = False
+            except Unavailable as error:
+                if not away:
+                    log.warning("events wait for the store: %s", error)
+                away = True
+            except DataError as error:
+                with self._room:
+                    self._error = error
+                    self._room.notify_all()
+                return
 
 
 class EventReader:

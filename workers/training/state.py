@@ -1,6 +1,5 @@
 """A run between two steps: model, optimizer and cursor, as commits keep them and give them back."""
 
-import hashlib
 import logging
 from dataclasses import dataclass, field
 
@@ -16,9 +15,11 @@ from workers.storage import Store
 from workers.training import checkpoint
 from workers.training.checkpoint import Training
 from workers.training.commits import CommitLog, Lease
+from workers.training.committer import Committer
 from workers.training.metrics import EventWriter
 from workers.training.parallel import ShardPlace, broadcast_integers, first_text
 from workers.training.proofs import load_tallies, merge_ledgers, save_tallies
+from workers.training.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class TrainState:
     device: torch.device
     step: int = 0
     parent: int | None = None
-    """Sequence number of the commit that the next one continues."""
+    """Sequence number of the commit from which this group goes on."""
     parent_digest: str | None = None
-    """sha256 of its manifest; known to rank 0, which writes the next."""
+    """sha256 of its manifest."""
     bad_steps: list[int] = field(default_factory=list)
     """As manifests keep them, see `BadSteps`."""
 
@@ -110,22 +111,23 @@ class TrainState:
         for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
             source.ledger.add(from_json(bad))
 
-    def commit(self, metrics: dict[str, float], events: EventWriter | None) -> None:
-        """Every rank writes its objects, then rank 0 the manifest and the log's next entry."""
+    def commit(self, metrics: dict[str, float], committer: Committer, events: EventWriter | None) -> None:
+        """Hand in a copy of all that a checkpoint is; every rank calls it. It waits while too many are on
+        their way already."""
+        committer.wait_for_room()
         merge_ledgers([source.ledger for source in self.sources], self.device)
-        directory = checkpoint.checkpoint_directory(self.images_seen, self.lease.epoch)
-        written = checkpoint.write_shards(self.store, directory, self.training, self.place)
+        snapshot = Snapshot.take(self.training, self.place)
         manifest = checkpoint.Manifest(
             run=self.config.run,
             images_seen=self.images_seen,
             step=self.step,
             epoch=self.lease.epoch,
-            parent=self.parent_digest,
+            parent=None,
             world_size=dist.get_world_size(),
             num_shards=self.place.count,
-            objects=written.gather(self.device),
-            shapes=written.shapes,
-            scalars=written.scalars,
+            objects={},
+            shapes=snapshot.shapes,
+            scalars={},
             config=self.config.model_dump(mode="json"),
             sources=[source.identity() for source in self.sources],
             tallies=save_tallies(self.sources, self.step, self.device),
@@ -135,31 +137,10 @@ class TrainState:
             complete=self.complete,
             bad_steps=list(self.bad_steps),
         )
-        seq = -1
-        if events is not None:
-            events.flush()
-            seq = self._append(directory, manifest)
-            if bad := [entry for entries in manifest.bad_samples for entry in entries]:
-                events.write("bad_samples", self.images_seen, of="training", samples=bad)
-            events.write("commit", self.images_seen, seq=seq, complete=self.complete)
-            events.flush()
-        (self.parent,) = broadcast_integers([seq], self.device)
-
-    def _append(self, directory: str, manifest: checkpoint.Manifest) -> int:
-        data = manifest.to_bytes()
-        key = f"{directory}/{checkpoint.MANIFEST}"
-        self.store.create(key, data)
-        digest = hashlib.sha256(data).hexdigest()
-        commit = CommitLog(self.store).append(
-            self.lease,
-            parent=self.parent,
-            manifest=key,
-            digest=digest,
-            images_seen=self.images_seen,
-            complete=self.complete,
-        )
-        self.parent_digest = digest
-        return commit.seq
+        bad = [entry for entries in manifest.bad_samples for entry in entries]
+        if events and bad:
+            events.write("bad_samples", self.images_seen, of="training", samples=bad)
+        committer.commit(manifest, snapshot)
 
 
 def share_lease(store: Store, device: torch.device) -> Lease | None:
