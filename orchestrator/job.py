@@ -217,6 +217,15 @@ def list_runs(store: Store) -> list[str]:
     return sorted(item.key.removeprefix(prefix) for item in store.list(prefix))
 
 
+def delete_job(spec: JobSpec) -> None:
+    """Its specification, and all that is noted of its jobs, once none of them runs."""
+    store = open_store(spec.runs)
+    for config in spec.configs:
+        store.delete(_run_key(config.run))
+    for found in list(store.list(f"jobs/{spec.digest[:16]}")):
+        store.delete(found.key)
+
+
 def _spec_key(digest: str) -> str:
     return f"jobs/{digest}.json"
 

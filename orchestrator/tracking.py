@@ -104,6 +104,12 @@ class Tracking:
         with mlflow_errors(self.name):
             self.client.set_terminated(run_id, status)
 
+    def delete_run(self, name: str) -> None:
+        run_id = self.find_run(name)
+        if run_id is not None:
+            with mlflow_errors(self.name):
+                self.client.delete_run(run_id)
+
     def run_page(self, run_id: str) -> str:
         return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{run_id}"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines import data_commands, registry_commands, run_commands, training_commands
+from pipelines import data_commands, registry_commands, run_commands, selftest_commands, training_commands
 from pipelines.evaluate_command import evaluate
 from pipelines.inspect_command import inspect
 from pipelines.terminal import console, errors
@@ -145,7 +145,7 @@ def down(directory: Directory = Path(".vitscale")) -> None:
 app.command()(data_commands.ingest)
 app.command()(data_commands.index)
 app.command()(data_commands.verify)
-app.command()(data_commands.selftest)
+app.add_typer(selftest_commands.selftest, name="selftest")
 app.command()(training_commands.recipes)
 app.command()(training_commands.train)
 app.command()(run_commands.submit)

@@ -13,17 +13,20 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 
-COMMANDS = sorted(get_command(app).commands)
+COMMANDS = {
+    f"{name} {part}".strip(): part_command
+    for name, command in sorted(get_command(app).commands.items())
+    for part, part_command in getattr(command, "commands", {"": command}).items()
+}
 VITSCALE = [sys.executable, "-m", "pipelines.cli"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_s_help_has_an_example_and_explains_each_option(name: str) -> None:
-    command = get_command(app).commands[name]
-    done = CliRunner().invoke(app, [name, "--help"])
+    done = CliRunner().invoke(app, [*name.split(), "--help"])
     assert done.exit_code == 0
     assert f"Example: vitscale {name}" in done.output
-    for parameter in command.params:
+    for parameter in COMMANDS[name].params:
         assert getattr(parameter, "help", None) or parameter.param_type_name == "argument", parameter.name
 
 

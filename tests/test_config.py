@@ -125,6 +125,7 @@ VALUES: dict[str, Any] = {
         "prefetch_bytes": 1 << 20,
         "cache_directory": "/cache",
         "cache_bytes": 1 << 30,
+        "drill": {"record_batches": True, "kill_at_step": 3, "fail_at_step": 4},
     },
 }
 """Every field, most with another value than its default."""
@@ -180,6 +181,9 @@ NO_MATTER = {
     "compute.prefetch_bytes",
     "compute.cache_directory",
     "compute.cache_bytes",
+    "compute.drill.record_batches",
+    "compute.drill.kill_at_step",
+    "compute.drill.fail_at_step",
 }
 
 

@@ -295,6 +295,17 @@ Workers = Annotated[
 ]
 
 
+class DrillConfig(Part):
+    """What `vitscale selftest resume` asks of a run."""
+
+    record_batches: bool = False
+    """The run's events hold a digest of each global batch: ids, labels and augmented pixels."""
+    kill_at_step: int | None = Field(default=None, ge=0)
+    """The last rank's process kills itself before this step, in the run's first worker group."""
+    fail_at_step: int | None = Field(default=None, ge=0)
+    """The run ends with an error before this step; another job may go on."""
+
+
 class ComputeConfig(Part):
     """Where and how fast; never changes a result, so it is no part of a run's identity."""
 
@@ -330,6 +341,7 @@ class ComputeConfig(Part):
     """Local directory of each node for what was read of the shards; None: no cache."""
     cache_bytes: int = Field(default=100 << 30, gt=0)
     """Limit of that directory, for all processes of a node."""
+    drill: DrillConfig = DrillConfig()
 
     @property
     def worker_counts(self) -> list[int]:

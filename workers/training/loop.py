@@ -23,6 +23,7 @@ from workers.training.badsteps import BadSteps
 from workers.training.checkpoint import Training
 from workers.training.commits import Lease
 from workers.training.committer import Committer
+from workers.training.drill import BATCHES, Drill
 from workers.training.ema import Average
 from workers.training.evaluate import Evaluation, evaluate
 from workers.training.feed import Feed
@@ -137,13 +138,17 @@ def _train_under(
     meter = Meter(device, flops_per_image=3 * config.model.computed_flops, peak_flops=peak * world_size)
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
     pulse = Pulse(store, lease.epoch)
+    drill = Drill(config.compute.drill, lease.epoch)
     stopping = False
     results: dict[str, Evaluation] = {}
     try:
         while not state.complete and not stopping:
             committer.check()
+            drill.before_step(state.step)
             rate = learning_rate(config.optim, state.images_seen, total_images)
-            batch = feed.to_device(next(stream))
+            read = next(stream)
+            drill.record(read)
+            batch = feed.to_device(read)
             totals = train_step(
                 model,
                 optimizers,
@@ -169,6 +174,10 @@ def _train_under(
             if evaluating or committing or _due(state, config.train.log_every_images):
                 merge_ledgers([source.ledger for source in sources], device)
                 report = meter.take(stream.times.take())
+                digests = drill.settle(device)
+                if events and digests:
+                    first = state.step - len(digests)
+                    events.write(BATCHES, state.images_seen, first_step=first, digests=digests)
                 if events:
                     values = {**report.values, "learning_rate": rate}
                     events.write("metrics", state.images_seen, values=values)
