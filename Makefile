@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast bench-data bench-train bench-quality down clean
+.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-quality down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,12 @@ test: check  ## check, then all tests
 test-fast: check  ## check, then the tests that start no services: about a minute
 	@echo "== pytest, without services"
 	$(BIN)/pytest -m "not services"
+
+chaos: $(READY)  ## kill, stop and starve runs in all ways; a table of promises, trials, violations
+	$(BIN)/python -m tests.chaos $(ARGS)
+
+soak: $(READY)  ## one row of it for long: make soak ROW=R1 MINUTES=120; adds a line to RESULTS.md
+	$(BIN)/python -m tests.chaos --soak $(ROW) --minutes $(or $(MINUTES),120)
 
 bench-data: $(READY) $(PEERS_READY)  ## the data plane against its peers; needs Ceph: tests/benchmarks/README.md
 	$(BIN)/python -m tests.benchmarks.data $(ARGS)

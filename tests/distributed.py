@@ -9,6 +9,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 import warnings
@@ -67,6 +68,15 @@ class Ranks:
             process.kill()
         for process in self._processes:
             process.join()
+
+    def pause(self) -> None:
+        """SIGSTOP to all."""
+        for process in self._processes:
+            os.kill(process.pid or 0, signal.SIGSTOP)
+
+    def unpause(self) -> None:
+        for process in self._processes:
+            os.kill(process.pid or 0, signal.SIGCONT)
 
     def alive(self) -> bool:
         """No rank has ended."""

@@ -91,7 +91,7 @@ Fault = Cut | Stall | Flip | Length | Headers | Answer | LoseReply | Meanwhile
 
 @dataclass(frozen=True)
 class Chances:
-    """Percent of the GET requests, exact in each 100, in an order that `seed` shuffles."""
+    """Percent of the requests, exact in each 100, in an order that `seed` shuffles."""
 
     seed: int
     busy: int = 0
@@ -108,11 +108,15 @@ class Chances:
     """Content-Length is too small."""
     long: int = 0
     """Content-Length is too large."""
+    lose: int = 0
+    """The server does what it is asked, and nobody hears of it."""
+    methods: tuple[str, ...] = ("GET",)
+    """Of these requests."""
     latency: float = 0
     """Seconds before each request."""
 
     def deck(self) -> list[str]:
-        kinds = ("busy", "reset", "close", "stall", "flip", "short", "long")
+        kinds = ("busy", "reset", "close", "stall", "flip", "short", "long", "lose")
         cards = [kind for kind in kinds for _ in range(getattr(self, kind))]
         return cards + [""] * (100 - len(cards))
 
@@ -196,7 +200,7 @@ class FaultProxy:
 
     def draw(self, method: str) -> str:
         """The kind of fault that a request gets, or none."""
-        if self._chances is None or method != "GET":
+        if self._chances is None or method not in self._chances.methods:
             return ""
         with self._lock:
             if not self._cards:
@@ -244,6 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "" if fault else proxy.draw(self.command)
         if kind == "busy":
             fault = Answer(503, SLOW_DOWN)
+        if kind == "lose":
+            fault = LoseReply()
         if proxy.chances and proxy.chances.latency:
             time.sleep(proxy.chances.latency)
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -253,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Meanwhile):
             fault.action()
         status, headers, data = self._ask(body)
-        if kind and data:
+        if kind and data and fault is None:
             fault = proxy.make(kind, len(data))
         self._answer(fault, status, headers, data)
 

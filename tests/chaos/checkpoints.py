@@ -1,0 +1,104 @@
+"""R2: a torn or rotten checkpoint is never loaded. R19: one of an older release is."""
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tests.chaos.row import Lab, Row
+from tests.distributed import Ranks, on_ranks
+from tests.runs import (
+    BATCH,
+    At,
+    copy_cut,
+    die,
+    head_manifest,
+    outcome,
+    replay,
+    tiny_config,
+    train_on,
+    train_rank,
+)
+from tests.test_checkpoint import delete, flip_bit, replace_with_parents, resume_each, swap, truncate
+from workers.config import RunConfig
+from workers.storage import open_store
+from workers.training.commits import CommitLog
+
+COMMITS, EVERY = 5, 2
+"""Commits of a run, and steps between them."""
+BATCH_OF_DAMAGES = 25
+"""Looked at by one group of ranks."""
+
+
+def torn_and_rotten(lab: Lab) -> Iterator[str]:
+    config = tiny_config(lab.data, f"train.checkpoint_every_images={EVERY * BATCH}", steps=COMMITS * EVERY)
+    undisturbed = lab.new_url("undisturbed")
+    train_on(2, config, undisturbed)
+    points = shuffled_forever(lab.random, crash_points())
+    while True:
+        for _ in range(4 if lab.short else 10):
+            yield crash(lab, config, undisturbed, *next(points))
+        yield from damages(lab, config, undisturbed)
+
+
+def crash_points() -> list[tuple[int, str, int, bool]]:
+    """Which of two ranks dies, before or after its nth write of an object whose key has this part."""
+    parts = [(rank, f"{kind}-0000{rank}") for rank in (0, 1) for kind in ("model", "optimizer")]
+    parts += [(0, part) for part in ("MANIFEST", "commits", "events", "leases")]
+    counts = [(part, nth) for part in parts for nth in ((0,) if "leases" in part[1] else (0, 2))]
+    return [(rank, part, nth, after) for (rank, part), nth in counts for after in (False, True)]
+
+
+def shuffled_forever(
+    chance: random.Random, points: list[tuple[int, str, int, bool]]
+) -> Iterator[tuple[int, str, int, bool]]:
+    while True:
+        yield from chance.sample(points, len(points))
+
+
+def crash(lab: Lab, config: RunConfig, undisturbed: str, rank: int, part: str, nth: int, after: bool) -> str:
+    url, what = lab.new_url("crash"), f"rank {rank} {'after' if after else 'before'} {part} {nth}"
+    with Ranks(2, train_and_die, rank, At(part, nth, die, after), config, url) as ranks:
+        ranks.wait_for_death()
+    head = CommitLog(open_store(url)).head()
+    if head is not None and head.complete and not (part == "commits" and after):
+        return f"{what}: never got there"
+    train_on(2, config, url)
+    return "" if same_run(url, undisturbed) else f"{what}: another result"
+
+
+def train_and_die(rank: int, crash: At, config: RunConfig, url: str) -> None:
+    train_rank(config, url, crash if torch.distributed.get_rank() == rank else None)
+
+
+def same_run(url: str, undisturbed: str) -> bool:
+    """Bit by bit, with every point of its curves."""
+    return outcome(url) == outcome(undisturbed) and replay(url) == replay(undisturbed)
+
+
+def damages(lab: Lab, config: RunConfig, undisturbed: str) -> Iterator[str]:
+    """20 flipped bits, 4 truncations and a part that is swapped, gone or the parent's, on 1 or 2 ranks."""
+    kinds = [flip_bit] * 20 + [truncate] * 4 + [lab.random.choice((swap, delete, replace_with_parents))]
+    parts = sorted(head_manifest(undisturbed).objects)
+    urls, steps = [], []
+    for kind in kinds:
+        commits = 2 if kind is replace_with_parents else lab.random.randint(2, COMMITS - 1)
+        urls.append(copy_cut(undisturbed, lab.new_folder("damaged"), commits=commits))
+        newest = (
+            Path(urls[-1].removeprefix("file://")) / "checkpoints" / f"{commits * EVERY * BATCH:012d}-000000"
+        )
+        chosen = parts if kind in (swap, replace_with_parents) else [*parts, "MANIFEST.json"]
+        kind(newest / lab.random.choice(chosen), lab.random)
+        steps.append((commits - 1) * EVERY)
+    by_rank = on_ranks(lab.random.choice((1, 2)), resume_each, config, urls)
+    for kind, url, expected, *found in zip(kinds, urls, steps, *by_rank, strict=True):
+        wrong = [step for step, _ in found if step != expected]
+        yield f"{kind.__name__}: goes on from step {wrong[0]}, not {expected}" if wrong else ""
+        shutil.rmtree(url.removeprefix("file://"))
+
+
+ROWS = [
+    Row("R2", "a torn or rotten checkpoint is never loaded, the one before it is", torn_and_rotten, short=58),
+]

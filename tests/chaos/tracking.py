@@ -1,0 +1,185 @@
+"""R13: an outage of MLflow costs no step and no point."""
+
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+from orchestrator.job import JobSpec, run_url
+from orchestrator.processes import free_port
+from orchestrator.tracking import RUN_TAG, JobRuns
+from tests.chaos.row import Lab, Row
+from tests.distributed import Ranks
+from tests.runs import BATCH, tiny_config, train_rank
+from workers.config import RunConfig
+from workers.storage import open_store
+from workers.training.commits import CommitLog
+from workers.training.metrics import EventReader
+
+EXPERIMENT = "chaos"
+PATIENCE = 120.0
+OUTAGE, SHORT_OUTAGE = 300.0, 3.0
+Point = tuple[str, int, float, int]
+"""Name, step, value, time in ms: what MLflow tells points apart by."""
+
+
+class Mlflow:
+    """A real server that is killed and comes back."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder, self._port = folder, free_port(set())
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command += ["--port", str(self._port), "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
+        command += ["--artifacts-destination", self._folder.as_uri(), "--serve-artifacts"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, start_new_session=True, **quiet)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+            except (OSError, urllib.error.URLError):
+                assert time.monotonic() < deadline, "MLflow does not start"
+                time.sleep(0.1)
+            else:
+                return
+
+    def kill(self) -> None:
+        """SIGKILL to the server and its workers."""
+        if self._process is not None:
+            # Its session: every process of it is one that was started here.
+            subprocess.run(["kill", "-9", "--", f"-{self._process.pid}"], check=False)
+            self._process.wait()
+
+
+def backlogs(lab: Lab) -> Iterator[str]:
+    mlflow = Mlflow(lab.new_folder("mlflow"))
+    mlflow.start()
+    try:
+        number = 0
+        while True:
+            number += 1
+            yield backlog(lab, mlflow, number)
+    finally:
+        mlflow.kill()
+
+
+def backlog(lab: Lab, mlflow: Mlflow, number: int) -> str:
+    """MLflow dies while a run trains, then workers and driver with points that wait; all come back."""
+    config = tiny_config(lab.data, f"train.checkpoint_every_images={2 * BATCH}", f"seed={number}", steps=20)
+    spec = JobSpec(configs=(config,), runs=lab.new_url("runs"), mlflow=mlflow.uri, experiment=EXPERIMENT)
+    url = run_url(spec.runs, config)
+    with driver(spec) as first:
+        with Ranks(2, train_rank, config, url) as ranks:
+            await_commit(url, lab.random.randint(0, 4), ranks)
+            if lab.random.random() < 0.5:
+                time.sleep(lab.random.uniform(0, 3))
+            mlflow.kill()
+            away = time.monotonic()
+            await_commit(url, lab.random.randint(4, 7), ranks)
+            time.sleep(lab.random.uniform(0, 0.1))
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    with driver(spec) as second:
+        # The store alone is needed to train to the end.
+        with Ranks(2, train_rank, config, url) as ranks:
+            ranks.results()
+        time.sleep(max(0.0, (SHORT_OUTAGE if lab.short else OUTAGE) - (time.monotonic() - away)))
+        mlflow.start()
+        try:
+            if second.wait(PATIENCE) != 0:
+                return "the driver that found MLflow away ends with an error"
+        except subprocess.TimeoutExpired:
+            second.kill()
+            return f"points are still not there {PATIENCE:.0f} s after MLflow came back"
+    return difference(Counter(points(mlflow.uri, config)), Counter(expected(url)))
+
+
+def driver(spec: JobSpec) -> "subprocess.Popen[bytes]":
+    """What a driver does beside training, in a process of its own: tells MLflow until the run is complete."""
+    command = [sys.executable, "-m", "tests.chaos.tracking"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdin is not None
+    process.stdin.write(spec.to_bytes())
+    process.stdin.close()
+    return process
+
+
+def tell(spec: JobSpec) -> None:
+    (config,) = spec.configs
+    log = CommitLog(open_store(run_url(spec.runs, config)))
+    runs = JobRuns(spec)
+    with runs:
+        while (head := log.head()) is None or not head.complete:
+            time.sleep(0.2)
+    runs.end("FINISHED", patience=PATIENCE)
+
+
+def await_commit(url: str, seq: int, ranks: Ranks) -> None:
+    log = CommitLog(open_store(url))
+    while ranks.alive() and ((head := log.head()) is None or head.seq < seq):
+        time.sleep(0.02)
+
+
+def expected(url: str) -> list[Point]:
+    """The points of the run's lineage: a new writer takes back what is beyond where it goes on."""
+    kept: list[dict[str, object]] = []
+    for event in EventReader(open_store(url)).read():
+        if event["kind"] == "start":
+            kept = [before for before in kept if before["images_seen"] <= event["images_seen"]]
+        elif event["kind"] == "metrics":
+            kept.append(event)
+    return [
+        (name, event["images_seen"], value, int(event["time"] * 1000))
+        for event in kept
+        for name, value in event["values"].items()
+    ]
+
+
+def points(uri: str, config: RunConfig) -> list[Point]:
+    """All that MLflow has of the run, but for what comes of other events than metrics."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    runs = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = '{config.run}'")
+    assert len(runs) == 1, f"{len(runs)} runs of one name"
+    assert runs[0].info.status == "FINISHED", runs[0].info.status
+    return [
+        (point.key, point.step, point.value, point.timestamp)
+        for name in runs[0].data.metrics
+        if not name.startswith(("epochs_proved", "bad_samples", "block"))
+        for point in client.get_metric_history(runs[0].info.run_id, name)
+    ]
+
+
+def difference(found: Counter[Point], wanted: Counter[Point]) -> str:
+    lost, more = wanted - found, found - wanted
+    if not lost and not more:
+        return ""
+    first = next(iter(lost or more))
+    return f"{lost.total()} points are lost and {more.total()} are too many, such as {first}"
+
+
+ROWS = [
+    Row(
+        "R13",
+        "MLflow dead, drivers killed with a backlog: no point lost or told twice",
+        backlogs,
+        short=2,
+        services=True,
+    )
+]
+
+
+if __name__ == "__main__":
+    tell(JobSpec.model_validate_json(sys.stdin.buffer.read()))
