@@ -83,7 +83,7 @@ def test_another_result_is_found(
 
 
 @pytest.mark.services
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(600)
 def test_on_a_cluster_the_promises_are_kept_and_nothing_is_left(
     services: Site, digits_url: str, tmp_path: Path
 ) -> None:
@@ -92,7 +92,7 @@ def test_on_a_cluster_the_promises_are_kept_and_nothing_is_left(
     command = [sys.executable, "-m", "pipelines.cli", "selftest", "resume", "vit-digits", "--steps", "8"]
     command += ["--data", digits_url, "--json", "--site", str(tmp_path / "site.yaml")]
     command += ["--set", "model.size=digits-xs", "--set", "train.global_batch_size=48"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [check["kept"] for check in json.loads(done.stdout)["checks"]] == [True] * 8
     assert {found.key for found in open_store(services.runs).list()} == before
