@@ -28,7 +28,7 @@ def poisoned_run(lab: Lab, config: RunConfig, kinds: dict[int, str]) -> Iterator
     """Some steps on one of two ranks come to something that is not finite; each is a trial."""
     url = lab.new_url("poisoned")
     ours, theirs = on_ranks(2, train_poisoned, config, url, kinds, lab.random.randint(0, 1))
-    alike = np.array_equal(ours, theirs)
+    alike = np.array_equal(ours, theirs, equal_nan=True)
     left_out = set(np.flatnonzero(ours[:, 3]).tolist())
     saved = manifests(url)
     rotten = {m.step for m in saved if not all(v.isfinite().all() for v in tensors(url, m).values())}

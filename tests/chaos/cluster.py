@@ -13,7 +13,7 @@ import yaml
 
 from orchestrator import services
 from orchestrator.job import run_url
-from orchestrator.processes import State, family
+from orchestrator.processes import State, family, free_port
 from tests.chaos.checkpoints import same_run
 from tests.chaos.row import Lab, Row
 from tests.runs import BATCH, tiny_config, train_on
@@ -32,6 +32,9 @@ class LocalCluster:
 
     def __init__(self, folder: Path, num_cpus: int = 4) -> None:
         self.folder, self._num_cpus = folder, num_cpus
+        # Not the usual ones, which somebody else may be about to take.
+        self._mlflow_port = free_port(set())
+        self._ray_port = free_port({self._mlflow_port})
         self._said: list[str] = []
 
     def __enter__(self) -> Self:
@@ -47,7 +50,12 @@ class LocalCluster:
 
     def up(self) -> None:
         self.site = services.up(
-            self.folder, object_store="file", num_cpus=self._num_cpus, progress=self._said.append
+            self.folder,
+            object_store="file",
+            mlflow_port=self._mlflow_port,
+            ray_port=self._ray_port,
+            num_cpus=self._num_cpus,
+            progress=self._said.append,
         )
 
     def command(self, *arguments: str, log: Path | None = None) -> "subprocess.Popen[bytes]":

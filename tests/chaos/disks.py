@@ -17,7 +17,7 @@ from workers.training.checkpoint import load_full
 from workers.training.commits import CommitLog
 
 SPACE_LEFT = "No space left"
-MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift && exec "$@"'
+MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@"'
 """In a namespace of its own: needs no rights, and is gone with the process."""
 
 

@@ -42,9 +42,12 @@ def zombie(lab: Lab, config: RunConfig, world_size: int, undisturbed: str) -> st
             await_lease(url, 1, second)
             if lab.random.random() < 0.5:
                 second.results()
-            first.unpause()
-            problem = first_is_told(first, url)
-            second.results()
+                first.unpause()
+                problem = first_is_told(first, url)
+            else:
+                first.unpause()
+                problem = first_is_told(first, url)
+                second.results()
     if problem:
         return problem
     if rewritten := sorted(key for key, value in before.items() if objects(url).get(key) != value):
