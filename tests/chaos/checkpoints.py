@@ -45,7 +45,7 @@ def torn_and_rotten(lab: Lab) -> Iterator[str]:
 
 def crash_points() -> list[tuple[int, str, int, bool]]:
     """Which of two ranks dies, before or after its nth write of an object whose key has this part."""
-    parts = [(rank, f"{kind}-0000{rank}") for rank in (0, 1) for kind in ("model", "optimizer")]
+    parts = [(rank, f"{kind}-0000{rank}") for rank in (0, 1) for kind in ("model", "optimizer", "part")]
     parts += [(0, part) for part in ("MANIFEST", "commits", "events", "leases")]
     counts = [(part, nth) for part in parts for nth in ((0,) if "leases" in part[1] else (0, 2))]
     return [(rank, part, nth, after) for (rank, part), nth in counts for after in (False, True)]

@@ -16,7 +16,7 @@ from workers.training import loop
 from workers.training.checkpoint import load_full
 from workers.training.commits import CommitLog
 
-SPACE_LEFT = "No space left"
+SPACE_LEFT = "no space left"
 MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@"'
 """In a namespace of its own: needs no rights, and is gone with the process."""
 
@@ -52,7 +52,7 @@ def main(folder: str, config_text: str) -> None:
     try:
         loop.train(config, url, CPU)
     except VitscaleError as error:
-        assert SPACE_LEFT in str(error), error
+        assert SPACE_LEFT in str(error).lower(), error
     else:
         raise AssertionError("a full disk goes unnoticed")
     head = CommitLog(open_store(url)).head()

@@ -1,6 +1,9 @@
 """All rows of the table, in its order."""
 
-from tests.chaos import checkpoints
+from tests.chaos import bad_steps, checkpoints, writers
 
-ROWS = {row.name: row for module in (checkpoints,) for row in module.ROWS}
-ROWS = dict(sorted(ROWS.items(), key=lambda item: int(item[0][1:])))
+MODULES = (bad_steps, checkpoints, writers)
+ROWS = {
+    row.name: row
+    for row in sorted((row for m in MODULES for row in m.ROWS), key=lambda row: int(row.name[1:]))
+}

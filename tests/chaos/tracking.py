@@ -24,7 +24,7 @@ from workers.training.commits import CommitLog
 from workers.training.metrics import EventReader
 
 EXPERIMENT = "chaos"
-PATIENCE = 120.0
+PATIENCE = 300.0
 OUTAGE, SHORT_OUTAGE = 300.0, 3.0
 Point = tuple[str, int, float, int]
 """Name, step, value, time in ms: what MLflow tells points apart by."""
