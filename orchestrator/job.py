@@ -204,11 +204,14 @@ def find_spec(runs: str, run: str) -> JobSpec:
     """The newest specification that trains this run; ConfigError if there is none."""
     check_name(run, "run")
     try:
-        return read_spec(runs, open_store(runs).read(_run_key(run)).decode())
+        spec = read_spec(runs, open_store(runs).read(_run_key(run)).decode())
     except NotFound:
         raise ConfigError(
             f"no run {run} was ever submitted to {runs}; `vitscale status` lists them"
         ) from None
+    if all(config.run != run for config in spec.configs):
+        raise ConfigError(f"run {run} is of a version of vitscale that named it otherwise; use that version")
+    return spec
 
 
 def list_runs(store: Store) -> list[str]:

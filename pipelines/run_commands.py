@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from pipelines.terminal import AsJson, DataRoot, Overrides, SiteFile, console, errors, open_site
+from workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestrator.status import RunStatus
@@ -58,8 +59,14 @@ def status(
     from orchestrator.status import run_status
     from workers.storage import open_store
 
-    names = [run] if run else list_runs(open_store(where.runs))
-    states = [run_status(where, find_spec(where.runs, name), name) for name in names]
+    states = []
+    for name in [run] if run else list_runs(open_store(where.runs)):
+        try:
+            states.append(run_status(where, find_spec(where.runs, name), name))
+        except ConfigError as error:
+            if run:
+                raise
+            errors.print(f"{error}", markup=False)
     if as_json:
         typer.echo(json.dumps([asdict(state) for state in states]))
         return

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0
 MAX_WAITING_BYTES = 64 << 20
 """Of lines that the store did not take yet: some 100,000 points. Then `write` waits."""
+LATEST = 4
+"""Segments that hold a point of the curve, as a rule: commits and evaluations have some of their own."""
 
 
 class EventWriter:
@@ -136,7 +138,7 @@ class EventReader:
 
 
 def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
-    """Of an epoch's first and last segment, in few requests: as the logarithm of their number."""
+    """Of an epoch's first and last few segments, in few requests: as the logarithm of their number."""
     known, step = -1, 1
     while _exists(store, segment_key(epoch, known + step)):
         known, step = known + step, 2 * step
@@ -144,7 +146,8 @@ def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
         step //= 2
         if _exists(store, segment_key(epoch, known + step)):
             known += step
-    lines = [store.read(segment_key(epoch, seq)).splitlines() for seq in sorted({0, known}) if known >= 0]
+    seqs = sorted({0, *range(max(0, known + 1 - LATEST), known + 1)}) if known >= 0 else []
+    lines = [store.read(segment_key(epoch, seq)).splitlines() for seq in seqs]
     return [json.loads(line) for segment in lines for line in segment]
 
 
