@@ -25,6 +25,7 @@ from orchestrator.job import JobSpec, is_complete, run_head, run_url
 from workers.config import RunConfig
 from workers.errors import DataError, root_cause
 from workers.storage import Store, Unavailable, open_store
+from workers.training.commits import Window
 from workers.training.metrics import EventReader
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ ALIVE_SECONDS = 10.0
 DRAIN_SECONDS = 2.0
 RETRY_SECONDS = 5.0
 RUN_TAG = "vitscale.run"
+SKIPPED_TAG = "vitscale.skipped"
+"""Of a run that went back: the steps that it skipped, as `first-last`."""
 KINDS = ("metrics", "confusion", "epoch", "bad_samples", "bad_step", "evaluation", "probe")
 """Of events that are sent."""
 MAX_PARAM = 500
@@ -231,6 +234,8 @@ class Drain:
         """By the file's name."""
         self._probes: dict[int, Mapping[str, Any]] = {}
         """By images seen."""
+        self._skipped: list[Window] = []
+        """Not sent yet."""
 
     def step(self, committed: int = 0) -> None:
         """Read what is new, send what a commit covers; after an error of MLflow call again for the rest.
@@ -242,10 +247,14 @@ class Drain:
                 self._cover(event["images_seen"])
             if event["kind"] == "start":
                 self._waiting.clear()
+                self._skipped = [Window(*window) for window in event.get("skipped", ())]
             elif event["kind"] in KINDS:
                 self._waiting.append(event)
         self._cover(committed)
         client = self._tracking.client
+        if self._skipped:
+            client.set_tag(self._run_id, SKIPPED_TAG, ", ".join(str(window) for window in self._skipped))
+            self._skipped.clear()
         while self._points:
             client.log_batch(self._run_id, metrics=self._points[:BATCH])
             del self._points[:BATCH]

@@ -24,6 +24,7 @@ from workers.training.ema import Average
 from workers.training.feed import DeviceBatch
 from workers.training.metrics import EventReader
 from workers.training.optim import make_optimizers
+from workers.training.spikes import LossHistory
 from workers.training.step import train_step
 
 OPTIMIZERS = ("adamw", "sgd", "lamb", "muon")
@@ -32,6 +33,8 @@ POISONS = {3: "nan loss", 5: "inf loss", 7: "nan gradient", 9: "huge gradient"}
 
 
 def poisoned(losses, logits, poison):
+    if poison == "spike":
+        return losses * 50
     if poison.endswith("loss"):
         return losses * float(poison[:3])
     factor = torch.nan if poison == "nan gradient" else 1e38
@@ -39,23 +42,23 @@ def poisoned(losses, logits, poison):
     return losses
 
 
-def train_poisoned(config, run_url, poisons, rank=1, start=0):
+def train_poisoned(config, run_url, poisons, rank=1, before_create=None):
     """Train; on one rank a step has what `poisons` says of it. (steps, 4) totals."""
-    calls = iter(range(start, 10**6))
     honest_loss, honest_step = step.per_image_loss, loop.train_step
-    totals = []
+    at, totals = [], []
 
     def loss(logits, targets, optim):
-        losses, at = honest_loss(logits, targets, optim), next(calls)
+        losses = honest_loss(logits, targets, optim)
         mine = torch.distributed.get_rank() == rank
-        return poisoned(losses, logits, poisons[at]) if mine and at in poisons else losses
+        return poisoned(losses, logits, poisons[at[-1]]) if mine and at[-1] in poisons else losses
 
     def recorded_step(*arguments, **options):
+        at.append(options["step"])
         totals.append(honest_step(*arguments, **options))
         return totals[-1]
 
     step.per_image_loss, loop.train_step = loss, recorded_step
-    train_rank(config, run_url)
+    train_rank(config, run_url, before_create)
     return torch.stack(totals).numpy()
 
 
@@ -140,14 +143,14 @@ def test_too_many_bad_steps_end_the_run_also_across_a_restart(digits_url, store_
 
     cut = copy_cut(store_url, tmp_path / "row", commits=1)
     with pytest.raises(ConfigError, match=r"optim\.learning_rate: .* before image 288: 3 of its steps "):
-        on_ranks(2, train_poisoned, config, cut, {5: poison}, 1, 5)
+        on_ranks(2, train_poisoned, config, cut, {5: poison})
     cut = copy_cut(store_url, tmp_path / "in-all", commits=1)
     with pytest.raises(ConfigError, match=r"step 7: loss nan.* 2 allows so many in a row, and 2 in all"):
-        on_ranks(2, train_poisoned, config, cut, {7: poison}, 1, 5)
+        on_ranks(2, train_poisoned, config, cut, {7: poison})
     # The budget is no part of a run's identity: with a larger one it goes on.
     larger = config.model_copy(update={"train": config.train.model_copy(update={"max_bad_steps": 3})})
     assert larger.run == config.run
-    on_ranks(2, train_poisoned, larger, cut, {7: poison}, 1, 5)
+    on_ranks(2, train_poisoned, larger, cut, {7: poison})
     assert head_manifest(cut).bad_steps == [3, 4, 7]
 
 
@@ -194,12 +197,14 @@ def test_a_step_does_not_wait_for_the_device(digits_url):
     assert set(map(len, found.values())) == {0}, found
 
 
-def test_an_older_manifest_has_no_bad_steps(digits_url, store_url):
+def test_an_older_manifest_has_no_bad_steps_and_no_history(digits_url, store_url):
     on_ranks(1, train_rank, tiny_config(digits_url, steps=1), store_url)
     saved, store = head_manifest(store_url), open_store(store_url)
     older = json.loads(saved.to_bytes())
-    del older["bad_steps"]
+    for name in ("bad_steps", "skipped", "history"):
+        del older[name]
     data = json.dumps(older).encode()
     store.create("checkpoints/older/MANIFEST.json", data)
     read = read_manifest(store, "checkpoints/older/MANIFEST.json", hashlib.sha256(data).hexdigest())
-    assert read == dataclasses.replace(saved, key=read.key)
+    assert read == dataclasses.replace(saved, key=read.key, history={})
+    assert LossHistory.from_json(read.history) == LossHistory()

@@ -215,7 +215,11 @@ def test_what_is_in_the_store(log: CommitLog, tmp_path: Path) -> None:
         "complete": True,
     }
     log.take_lease()
-    assert json.loads((tmp_path / "leases/000001.json").read_bytes()) == {"epoch": 1, "continues": 0}
+    assert json.loads((tmp_path / "leases/000001.json").read_bytes()) == {
+        "epoch": 1,
+        "continues": 0,
+        "skipped": [],
+    }
     assert log.head() == commit
 
 

@@ -99,6 +99,9 @@ VALUES: dict[str, Any] = {
         "checkpoint_every_images": 100,
         "log_every_images": 100,
         "max_bad_steps": 5,
+        "spike_sigmas": 6.0,
+        "spike_steps": 3,
+        "max_rollbacks": 2,
         "probe_images": 8,
     },
     "init": {
@@ -151,7 +154,7 @@ OTHER: dict[str, Any] = {
 }
 """Another value for what may not just be a little more."""
 
-GOLDEN_DIGEST = "230cad936cecd556d66b9e9c808588530670f2a49836fb82736d3d2d08f1256b"
+GOLDEN_DIGEST = "1bb1e6e57e4076697d0fdca959cdbbf36d73fe1a82544e1a3aed7806801366dd"
 
 NO_MATTER = {
     "name",
@@ -165,6 +168,7 @@ NO_MATTER = {
     "train.checkpoint_every_images",
     "train.log_every_images",
     "train.max_bad_steps",
+    "train.max_rollbacks",
     "train.probe_images",
     "compute.shard_workers",
     "compute.activation_checkpointing",
@@ -253,7 +257,14 @@ def test_the_digest_is_of_all_that_changes_the_result_and_of_nothing_else(path: 
 
 
 @pytest.mark.parametrize(
-    "path", ["data.fingerprint", "data.validation_fingerprint", "data.subset", "compute.microbatch_size"]
+    "path",
+    [
+        "data.fingerprint",
+        "data.validation_fingerprint",
+        "data.subset",
+        "train.spike_sigmas",
+        "compute.microbatch_size",
+    ],
 )
 def test_nothing_is_a_value_too(path: str) -> None:
     without = make_config(changed(path, None))

@@ -37,6 +37,7 @@ class FakeMlflow:
         self.artifacts: dict[str, bytes] = {}
         """Of probes, by name."""
         self.batches: list[int] = []
+        self.tags: dict[str, str] = {}
         self.outages = 0
         """So many calls fail."""
 
@@ -50,6 +51,11 @@ class FakeMlflow:
         assert run_id == "run-id"
         self.batches.append(len(metrics))
         self.points += [(m.key, m.step, m.value, m.timestamp) for m in metrics]
+
+    def set_tag(self, run_id: str, key: str, value: str) -> None:
+        self._up()
+        assert run_id == "run-id"
+        self.tags[key] = value
 
     def log_dict(self, run_id: str, dictionary: dict[str, Any], artifact_file: str) -> None:
         self._up()
@@ -86,11 +92,11 @@ def make_drain(mlflow: FakeMlflow, store: MemoryStore) -> Drain:
     return Drain(SimpleNamespace(client=mlflow), "run-id", store)
 
 
-def start(store: MemoryStore, epoch: int, images: int) -> EventWriter:
+def start(store: MemoryStore, epoch: int, images: int, **facts: Any) -> EventWriter:
     """A worker group that goes on from so many images."""
     store.create(lease_key(epoch), b"{}")
     writer = EventWriter(store, epoch)
-    writer.write("start", images, world_size=2)
+    writer.write("start", images, world_size=2, **facts)
     return writer
 
 
@@ -219,6 +225,22 @@ def test_an_outage_between_points_and_table_sends_the_points_once(
     drain.step()
     assert mlflow.curve == [(10, 3.0)]
     assert mlflow.tables == [{"counts": [[1]]}]
+
+
+def test_a_run_that_went_back_says_which_steps_it_skips(mlflow: FakeMlflow, store: MemoryStore) -> None:
+    drain = make_drain(mlflow, store)
+    writer = start(store, 0, 0)
+    writer.write("bad_step", 10, step=1, loss="nan", gradient_norm="nan", count=1, samples={})
+    commit(writer, 20)
+    drain.step()
+    assert [point[:3] for point in mlflow.points] == [("bad_steps", 10, 1)]
+    start(store, 1, 10, skipped=[[2, 5], [9, 9]]).flush()
+    mlflow.outages = 1
+    with pytest.raises(MlflowException):
+        drain.step()
+    assert mlflow.tags == {}
+    drain.step()
+    assert mlflow.tags == {"vitscale.skipped": "2-5, 9-9"}
 
 
 def test_a_request_holds_as_many_points_as_mlflow_takes(mlflow: FakeMlflow, store: MemoryStore) -> None:

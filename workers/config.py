@@ -246,6 +246,13 @@ class TrainConfig(Part):
     max_bad_steps: int = Field(default=10, ge=0)
     """Steps in a row that may be left out because loss or gradient are not finite; in all so many, or 1 % of
     the run's steps if that is more. Beyond, the run ends."""
+    spike_sigmas: float | None = Field(default=8.0, gt=0)
+    """A loss is suspect if it is above the median of the 128 before by so many (robust) standard deviations,
+    and by half of it. None: nothing is suspect."""
+    spike_steps: int = Field(default=4, gt=0)
+    """So many suspect losses in a row are a spike: the run goes back before them and skips their samples."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Spikes behind which a run may go back; with one more it ends."""
     probe_images: int = Field(default=32, ge=0)
     """Validation images on which each checkpoint's attention is looked at; 0: no probes."""
 
@@ -414,7 +421,8 @@ class RunConfig(Part):
             identity["fork"] = self.fork.digest
         for shown in ("log_every_images", "checkpoint_every_images", "eval_every_images", "probe_images"):
             identity["train"].pop(shown, None)
-        identity["train"].pop("max_bad_steps", None)  # with another one the same run goes on
+        for budget in ("max_bad_steps", "max_rollbacks"):  # with a larger one the same run goes on
+            identity["train"].pop(budget, None)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property

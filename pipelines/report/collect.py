@@ -109,7 +109,9 @@ def _metrics(site: Site, run: str) -> list[tuple[int, dict[str, float]]]:
     """Oldest first; what was recomputed after a failure replaces what came before."""
     latest: dict[tuple[int, bool], dict[str, float]] = {}
     for event in _events(site, run):
-        if event["kind"] == "metrics":
+        if event["kind"] == "start":
+            latest = {at: values for at, values in latest.items() if at[0] <= event["images_seen"]}
+        elif event["kind"] == "metrics":
             latest[event["images_seen"], "val_loss" in event["values"]] = event["values"]
     return [(seen, latest[seen, kind]) for seen, kind in sorted(latest)]
 

@@ -79,6 +79,10 @@ class Manifest:
     complete: bool
     bad_steps: list[int] = field(default_factory=list)
     """Left out, since loss or gradient were not finite; older manifests say nothing of them."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """First and last of the steps around which a roll-back has led this run."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """Of losses, see `LossHistory`."""
     format: int = FORMAT
     key: str = field(default="", compare=False)
     """Where it was read from, relative to its store; not part of the file."""

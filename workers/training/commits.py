@@ -9,7 +9,7 @@ what keeps a writer that was thought dead from being heard. The store must creat
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from workers.errors import CheckpointError
 from workers.storage import AlreadyExists, NotFound, Store, join_url
@@ -32,10 +32,28 @@ class Commit:
     """The run has reached its end."""
 
 
+class Window(NamedTuple):
+    """Consecutive steps."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+
 @dataclass(frozen=True)
 class Lease:
     epoch: int
     continues: int | None
+    skipped: tuple[Window, ...] = ()
+    """Steps whose global batches are not trained on, in the order in which they were found out."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skipped", tuple(Window(*window) for window in self.skipped))
+
+    def skips(self, step: int) -> bool:
+        return any(window.first <= step <= window.last for window in self.skipped)
 
 
 Record = TypeVar("Record", Commit, Lease)
@@ -64,17 +82,30 @@ class CommitLog:
 
     def take_lease(self) -> Lease:
         """Become the run's only writer; everybody with an older lease is void from now on."""
-        newest = self._newest_lease()
-        epoch = newest.epoch + 1 if newest else 0
         while True:
-            head = self.head()
-            lease = Lease(epoch, head.seq if head else None)
+            newest = self._newest_lease()
+            head = self._head_under(newest) if newest else None
+            epoch, skipped = (newest.epoch + 1, newest.skipped) if newest else (0, ())
+            lease = Lease(epoch, head.seq if head else None, skipped)
             try:
-                self.store.create(lease_key(epoch), json.dumps(asdict(lease)).encode())
+                self._create_lease(lease)
             except AlreadyExists:
-                epoch += 1
                 continue
             return lease
+
+    def roll_back(self, lease: Lease, window: Window, images_seen: int) -> Lease:
+        """The lease after this one: it skips the window, too, and continues the newest commit of at most
+        `images_seen`; later ones are void. CheckpointError if another writer has taken over."""
+        commit = self._head_under(lease)
+        while commit is not None and commit.images_seen > images_seen:
+            commit = None if commit.parent is None else self._existing(commit.parent)
+        after = Lease(lease.epoch + 1, commit.seq if commit else None, (*lease.skipped, window))
+        try:
+            self._create_lease(after)
+        except AlreadyExists:
+            self.check_lease(lease)
+            raise
+        return after
 
     def append(
         self,
@@ -110,6 +141,9 @@ class CommitLog:
                 return commit
             seq += 1
         return None
+
+    def _create_lease(self, lease: Lease) -> None:
+        self.store.create(lease_key(lease.epoch), json.dumps(asdict(lease)).encode())
 
     def check_lease(self, lease: Lease) -> None:
         """CheckpointError if a newer lease exists."""

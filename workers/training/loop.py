@@ -3,6 +3,7 @@
 Knows neither Ray nor a tracking server; `workers/ray_entry.py` calls it on a cluster.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from workers.models import build_model
 from workers.storage import Store, open_store
 from workers.training.badsteps import BadSteps
 from workers.training.checkpoint import Training
-from workers.training.commits import Lease
+from workers.training.commits import Lease, Window
 from workers.training.committer import Committer
 from workers.training.drill import BATCHES, Drill
 from workers.training.ema import Average
@@ -40,7 +41,8 @@ from workers.training.profile import Profile
 from workers.training.proofs import merge_ledgers, settle_epochs
 from workers.training.pulse import Pulse
 from workers.training.reports import evaluation_metrics, write_evaluation, write_probes
-from workers.training.state import TrainState, share_lease
+from workers.training.rollback import announce
+from workers.training.state import TrainState, roll_back, share_lease
 from workers.training.step import train_step
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,15 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> bool:
         if lease is None:
             log.info("%s is complete", config.run)
             return True
-        return _train_under(lease, config, store, sources, validation, device)
+        while True:
+            complete, window = _train_under(lease, config, store, sources, validation, device)
+            if window is None:
+                return complete
+            gc.collect()  # the model that it leaves behind has no place beside the next
+            before = window.first * config.train.global_batch_size
+            lease = roll_back(store, lease, window, before, device)
+            log.warning("%s goes back behind steps %s and skips them", config.run, window)
+            sources = make_sources(config, data, device)
 
 
 def _train_under(
@@ -85,7 +95,8 @@ def _train_under(
     sources: list[Source],
     validation: DatasetIndex,
     device: torch.device,
-) -> bool:
+) -> tuple[bool, Window | None]:
+    """Whether the run is complete; steps before which it has to go back, since the loss rose there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size = config.train.global_batch_size
     model = _initial_model(config)
@@ -113,7 +124,9 @@ def _train_under(
     )
     if events:
         events.start()
-        events.write("start", state.images_seen, world_size=world_size, peak_tflops=peak / 1e12)
+        skipped = [list(window) for window in lease.skipped]
+        facts = {"world_size": world_size, "peak_tflops": peak / 1e12, "skipped": skipped}
+        events.write("start", state.images_seen, **facts)
         if resize:
             events.write("metrics", state.images_seen, values=resize)
 
@@ -139,7 +152,7 @@ def _train_under(
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
     pulse = Pulse(store, lease.epoch)
     drill = Drill(config.compute.drill, lease.epoch)
-    stopping = False
+    stopping, window = False, None
     results: dict[str, Evaluation] = {}
     try:
         while not state.complete and not stopping:
@@ -149,20 +162,21 @@ def _train_under(
             read = next(stream)
             drill.record(read)
             batch = feed.to_device(read)
-            totals = train_step(
-                model,
-                optimizers,
-                batch,
-                config,
-                step=state.step,
-                rate=rate,
-                microbatch_size=microbatch_size,
-            )
+            if not lease.skips(state.step):
+                totals = train_step(
+                    model,
+                    optimizers,
+                    batch,
+                    config,
+                    step=state.step,
+                    rate=rate,
+                    microbatch_size=microbatch_size,
+                )
+                if average:
+                    average.update(batch_size, state.images_seen + batch_size, totals[3])
+                meter.add(state.step, totals, batch_size)
             proofs = settle_epochs(sources, state.step, device)
             state.step += 1
-            if average:
-                average.update(batch_size, state.images_seen, totals[3])
-            meter.add(state.step - 1, totals, batch_size)
             profile.step(state.images_seen)
             if events:
                 for proof in proofs:
@@ -182,6 +196,10 @@ def _train_under(
                     values = {**report.values, "learning_rate": rate}
                     events.write("metrics", state.images_seen, values=values)
                 bad_steps.settle(report.steps, events)
+                if spike := state.history.find(report.steps, config.train):
+                    announce(spike, config, sources, lease.skipped, events)
+                    window = spike.window
+                    break
             if evaluating:
                 images = microbatch_size or share
                 results[""] = _evaluate(config, model, validation, images, device)
@@ -205,7 +223,7 @@ def _train_under(
             events.close()
         profile.close()
         stream.close()
-    return state.complete
+    return state.complete and window is None, window
 
 
 def _evaluate(

@@ -14,12 +14,13 @@ from workers.errors import CheckpointError, DataError
 from workers.storage import Store
 from workers.training import checkpoint
 from workers.training.checkpoint import Training
-from workers.training.commits import CommitLog, Lease
+from workers.training.commits import CommitLog, Lease, Window
 from workers.training.committer import Committer
 from workers.training.metrics import EventWriter
-from workers.training.parallel import ShardPlace, broadcast_integers, first_text
+from workers.training.parallel import ShardPlace, broadcast_integers, first_text, sum_integers
 from workers.training.proofs import load_tallies, merge_ledgers, save_tallies
 from workers.training.snapshot import Snapshot
+from workers.training.spikes import LossHistory
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TrainState:
     """sha256 of its manifest."""
     bad_steps: list[int] = field(default_factory=list)
     """As manifests keep them, see `BadSteps`."""
+    history: LossHistory = field(default_factory=LossHistory)
 
     @property
     def images_seen(self) -> int:
@@ -66,6 +68,8 @@ class TrainState:
             problem = first_text(problem, self.device)
             if not problem:
                 self._go_on(manifest)
+                self.bad_steps = list(manifest.bad_steps)
+                self.history = LossHistory.from_json(manifest.history)
                 self.parent, self.parent_digest = commit.seq, commit.digest
                 log.info("%s goes on from image %d", self.config.run, self.images_seen)
                 return
@@ -106,7 +110,6 @@ class TrainState:
 
     def _go_on(self, manifest: checkpoint.Manifest) -> None:
         self.step = manifest.step
-        self.bad_steps = list(manifest.bad_steps)
         load_tallies(self.sources, self.step, manifest.tallies, dist.get_rank())
         for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
             source.ledger.add(from_json(bad))
@@ -136,6 +139,8 @@ class TrainState:
             versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
             complete=self.complete,
             bad_steps=list(self.bad_steps),
+            skipped=[list(window) for window in self.lease.skipped],
+            history=self.history.to_json(),
         )
         bad = [entry for entries in manifest.bad_samples for entry in entries]
         if events and bad:
@@ -145,12 +150,35 @@ class TrainState:
 
 def share_lease(store: Store, device: torch.device) -> Lease | None:
     """Rank 0 takes the run's next lease and all ranks learn of it; None if the run is complete already."""
-    numbers = [-1, -1]
+    lease = None
     if dist.get_rank() == 0:
         commits = CommitLog(store)
         head = commits.head()
         if head is None or not head.complete:
             lease = commits.take_lease()
-            numbers = [lease.epoch, -1 if lease.continues is None else lease.continues]
-    epoch, continues = broadcast_integers(numbers, device)
-    return None if epoch < 0 else Lease(epoch, None if continues < 0 else continues)
+    return _broadcast(lease, device)
+
+
+def roll_back(store: Store, lease: Lease, window: Window, images_seen: int, device: torch.device) -> Lease:
+    """Rank 0 takes the next lease, see `CommitLog.roll_back`, and all ranks learn of it."""
+    sum_integers([0], device)  # none is still waiting for a commit under the lease that goes
+    first = dist.get_rank() == 0
+    after = _broadcast(CommitLog(store).roll_back(lease, window, images_seen) if first else None, device)
+    assert after is not None
+    return after
+
+
+def _broadcast(lease: Lease | None, device: torch.device) -> Lease | None:
+    """Rank 0's, on every rank."""
+    numbers, steps = [-1, -1, 0], list[int]()
+    if lease is not None:
+        continues = -1 if lease.continues is None else lease.continues
+        numbers = [lease.epoch, continues, len(lease.skipped)]
+        steps = [step for window in lease.skipped for step in window]
+    epoch, continues, count = broadcast_integers(numbers, device)
+    if epoch < 0:
+        return None
+    if count:
+        steps = broadcast_integers(steps if lease else [0] * 2 * count, device)
+    skipped = tuple(Window(steps[2 * n], steps[2 * n + 1]) for n in range(count))
+    return Lease(epoch, None if continues < 0 else continues, skipped)
