@@ -51,10 +51,11 @@ def run_status(site: Site, spec: JobSpec, run: str) -> RunStatus:
     log = CommitLog(store)
     head, epoch = log.head(), log.newest_epoch()
     events = newest_events(store, epoch) if epoch is not None else []
-    job, ray_says, lives = _job(site, spec)
+    job, ray_says, lives, since = _job(site, spec)
     failure = read_failure(runs, job) if job and not lives else None
     note = read_note(runs, job) if job else ""
-    heard = events[-1]["time"] if events else None
+    heard: float | None = events[-1]["time"] if events else None
+    speaking: State = "running" if heard and time.time() - heard < QUIET_SECONDS else "silent"
     wished = is_wished(runs, spec.digest)
     state: State
     detail = ""
@@ -63,14 +64,13 @@ def run_status(site: Site, spec: JobSpec, run: str) -> RunStatus:
         if not is_done(runs, spec.digest):
             detail = "its job is not done yet: other runs, or what is told to MLflow and the registry"
     elif lives is None:
-        fresh = heard is not None and time.time() - heard < QUIET_SECONDS
-        state, detail = ("running" if fresh else "silent"), ray_says
+        state, detail = speaking, ray_says
     elif lives and not wished:
         state, detail = "stopping", "it commits, then ends"
-    elif lives and heard is not None and time.time() - heard < QUIET_SECONDS:
-        state = "running"
+    elif lives and (heard is None or heard < since):
+        state, detail = "waiting", note
     elif lives:
-        state, detail = ("silent" if events else "waiting"), note
+        state, detail = speaking, note
     elif failure is not None:
         state, detail = "failed", str(failure)
     elif not wished:
@@ -96,15 +96,16 @@ def run_status(site: Site, spec: JobSpec, run: str) -> RunStatus:
     )
 
 
-def _job(site: Site, spec: JobSpec) -> tuple[str, str, bool | None]:
-    """The job's name, what Ray says of it, and whether it lives; None if Ray says nothing."""
+def _job(site: Site, spec: JobSpec) -> tuple[str, str, bool | None, float]:
+    """The job's name, what Ray says of it, whether it lives (None if Ray says nothing), and since when."""
     try:
         found = Cluster(site).newest(spec)
     except DataError as error:
-        return "", str(error), None
+        return "", str(error), None, 0.0
     if found is None:
-        return "", "no job", False
-    return found[0], found[1].status.value, found[1].status not in ENDED
+        return "", "no job", False, 0.0
+    started = (found[1].start_time or 0) / 1000
+    return found[0], found[1].status.value, found[1].status not in ENDED, started
 
 
 def _newest(events: list[dict[str, Any]], name: str) -> Any:
