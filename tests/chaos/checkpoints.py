@@ -4,7 +4,9 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from tests.chaos.row import Lab, Row
@@ -17,15 +19,28 @@ from tests.runs import (
     head_manifest,
     outcome,
     replay,
+    tensors,
     tiny_config,
     train_on,
     train_rank,
 )
-from tests.test_checkpoint import delete, flip_bit, replace_with_parents, resume_each, swap, truncate
+from tests.test_checkpoint import (
+    delete,
+    flip_bit,
+    load_odd,
+    replace_with_parents,
+    resume_each,
+    swap,
+    truncate,
+    whole,
+)
 from workers.config import RunConfig
 from workers.storage import open_store
+from workers.training.checkpoint import Manifest
 from workers.training.commits import CommitLog
 
+OLDER = Path(__file__).parent / "format-2"
+"""A run of a model with odd shapes, as version 0.1.0 left it before commits were asynchronous."""
 COMMITS, EVERY = 5, 2
 """Commits of a run, and steps between them."""
 BATCH_OF_DAMAGES = 25
@@ -99,6 +114,35 @@ def damages(lab: Lab, config: RunConfig, undisturbed: str) -> Iterator[str]:
         shutil.rmtree(url.removeprefix("file://"))
 
 
+def older_release(lab: Lab) -> Iterator[str]:
+    """Two steps of two ranks, committed by a release before parts were announced, on 1, 2 and 3 ranks."""
+    config, url = tiny_config(lab.data), OLDER.as_uri()
+    head = CommitLog(open_store(url)).head()
+    manifest = head_manifest(url)
+    while True:
+        for world_size in (1, 2, 3):
+            loaded = [before for ((before, _),) in on_ranks(world_size, load_odd, config, [(url, head)])]
+            yield other_values(manifest, tensors(url, manifest), whole(loaded), world_size)
+
+
+def other_values(
+    manifest: Manifest, saved: dict[str, torch.Tensor], loaded: dict[str, Any], world_size: int
+) -> str:
+    """Which of the parameters, moments and scalars are not what plain safetensors read."""
+    if manifest.run_config is None:
+        return "its configuration is not one any more"
+    wanted = {name: value.numpy() for name, value in saved.items()}
+    wanted |= {name: np.full(world_size, value) for name, value in manifest.scalars.items()}
+    wrong = [name for name, value in wanted.items() if not np.array_equal(loaded.get(name), value)]
+    return f"on {world_size} ranks {', '.join(wrong[:3])} are others" if wrong else ""
+
+
 ROWS = [
     Row("R2", "a torn or rotten checkpoint is never loaded, the one before it is", torn_and_rotten, short=58),
+    Row(
+        "R19",
+        "a checkpoint of an older release is what it was, on any number of ranks",
+        older_release,
+        short=3,
+    ),
 ]

@@ -147,11 +147,11 @@ def expected(url: str) -> list[Point]:
     ]
 
 
-def points(uri: str, config: RunConfig) -> list[Point]:
+def points(uri: str, config: RunConfig, experiment: str = EXPERIMENT) -> list[Point]:
     """All that MLflow has of the run, but for what comes of other events than metrics."""
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    runs = client.search_runs([experiment.experiment_id], f"tags.`{RUN_TAG}` = '{config.run}'")
+    found = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{config.run}'")
     assert len(runs) == 1, f"{len(runs)} runs of one name"
     assert runs[0].info.status == "FINISHED", runs[0].info.status
     return [
