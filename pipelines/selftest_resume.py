@@ -28,6 +28,8 @@ COMMITS = 4
 """Of each run; the last at its end."""
 DRIFT = 2.0
 """A resumed run may be so many times as far from the undisturbed one as a fresh run at its size."""
+ROUNDING = 1e-7
+"""Less is none: weights near 1 are no further apart in float32."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ def selftest_resume(
     second = _spec(site, resumed, fresh)
     urls = [run_url(site.runs, run) for run in (undisturbed, killed, resumed, fresh)]
     with _deleted_at_the_end(site, [first, second]):
-        _train_all_but_halved(site, first, f"selftest with {workers} workers", console)
+        _train_all_but_halved(site, first, f"selftest with {_count(workers, 'worker')}", console)
         try:
-            run_job(site, second, f"selftest with {other} workers", console)
+            run_job(site, second, f"selftest with {_count(other, 'worker')}", console)
             runs, note = Runs(*urls), ""
         except ConfigError as error:
             # Of the cluster's room, most likely: what could be compared so far is.
@@ -167,25 +169,28 @@ def compare(runs: Runs, steps: int, workers: int, other: int, note: str = "") ->
     """What became of the promises; `note` says why there are no runs at the other size."""
     expected, restarts = _head(runs.undisturbed), _restarts(runs.killed)
     killed = _head(runs.killed)
-    yield Check("a worker was killed, and the run went on by itself", restarts > 0, f"{restarts} restarts")
+    killed_runs = f"killed and resumed with {_count(workers, 'worker')}"
+    yield Check(
+        "a worker was killed, and the run went on by itself", restarts > 0, _count(restarts, "restart")
+    )
     for what, kinds in (("weights", ("model", "average")), ("optimizer", ("optimizer",))):
         digests = [_digest(manifest, kinds) for manifest in (expected, killed)]
         same = digests[0] == digests[1] and expected.scalars == killed.scalars
         seen = f"{_short(digests[0])} and {_short(digests[1])}"
-        yield Check(f"killed and resumed with {workers} workers: {what} bit-equal", same, seen)
+        yield Check(f"{killed_runs}: {what} bit-equal", same, seen)
     places = [(m.step, m.sources, m.tallies, m.bad_samples) for m in (expected, killed)]
     yield Check("the place in the data is the same", places[0] == places[1], f"step {killed.step}")
-    yield _same_batches(f"killed and resumed with {workers} workers", runs.undisturbed, runs.killed, steps)
-    resumed = f"resumed with {other} instead of {workers} workers"
+    yield _same_batches(killed_runs, runs.undisturbed, runs.killed, steps)
+    resumed = f"resumed with {_count(other, 'worker')} instead of {workers}"
     if runs.resumed is None or runs.fresh is None:
         yield Check(f"{resumed}: each step of the same samples", None, note)
         return
     yield _same_batches(resumed, runs.undisturbed, runs.resumed, steps)
-    yield _same_batches(f"fresh with {other} workers", runs.undisturbed, runs.fresh, steps)
+    yield _same_batches(f"fresh with {_count(other, 'worker')}", runs.undisturbed, runs.fresh, steps)
     drift, bound = (drift_of(runs.undisturbed, url) for url in (runs.resumed, runs.fresh))
     yield Check(
         f"{resumed}: weights at most {DRIFT:g} times as far from the undisturbed as those of a fresh run",
-        drift <= DRIFT * bound,
+        drift <= max(DRIFT * bound, ROUNDING),
         f"{drift:.1e} and {bound:.1e} (root mean square)",
     )
 
@@ -222,6 +227,10 @@ def _digest(manifest: Manifest, kinds: tuple[str, ...]) -> list[str]:
     """sha256 of each part of these kinds."""
     objects = sorted(manifest.objects.items())
     return [entry["sha256"] for name, entry in objects if name.startswith(kinds)]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _short(digests: list[str]) -> str:

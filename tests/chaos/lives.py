@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -14,7 +13,7 @@ from orchestrator.processes import State, family
 from tests.chaos.checkpoints import same_run
 from tests.chaos.cluster import PATIENCE, LocalCluster, await_group, command_line, write_config
 from tests.chaos.row import Lab, Row
-from tests.chaos.tracking import difference, expected, points
+from tests.chaos.tracking import told_wrongly
 from tests.runs import BATCH, tiny_config, train_on
 from workers.config import RunConfig
 from workers.storage import open_store
@@ -132,8 +131,7 @@ def outlives(
         return f"{what}: {problem}"
     if not same_run(life.url, undisturbed):
         return f"{what}: another result"
-    told = points(cluster.site.mlflow, config, experiment="vitscale")
-    wrong = difference(Counter(told), Counter(expected(life.url)))
+    wrong = told_wrongly(cluster.site.mlflow, "vitscale", config, life.url)
     return f"{what}: {wrong}" if wrong else ""
 
 
