@@ -4,6 +4,7 @@ Ray would end a group without notice to give it another size. Here a thread look
 wishes of the user instead, and asks the group to commit and end (`workers/training/control.py`).
 """
 
+import contextlib
 import logging
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from workers.ray_entry import train_entry
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 from workers.training.control import request_stop
+from workers.training.hangs import describe_hangs, hang_keys
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +40,11 @@ class Attempt:
         self._ended = threading.Event()
         self.reason: str | None = None
         """Why the group was asked to end."""
+        self._hangs_before: dict[str, set[str]] = {}
 
     def run(self) -> None:
         """Returns when all runs are complete or the group has made way; Ray's errors as they are."""
+        self._note_hangs()
         watcher = threading.Thread(target=self._watch, name="watch-cluster", daemon=True)
         watcher.start()
         try:
@@ -49,6 +53,20 @@ class Attempt:
         finally:
             self._ended.set()
             watcher.join()
+
+    def hangs(self) -> str:
+        """Why the group's watchdogs have killed it; "" if they have not, or their store does not answer."""
+        told = []
+        with contextlib.suppress(DataError):
+            for run, before in self._hangs_before.items():
+                told.append(describe_hangs(open_store(run), before))
+        return "; ".join(filter(None, told))
+
+    def _note_hangs(self) -> None:
+        with contextlib.suppress(DataError):
+            for config in self.runs:
+                run = run_url(self._spec.runs, config)
+                self._hangs_before[run] = hang_keys(open_store(run))
 
     def _watch(self) -> None:
         more_since: float | None = None

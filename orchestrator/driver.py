@@ -204,12 +204,15 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
         size = _await_room(spec, job, patience=patience)
         patience = LOST_NODE_SECONDS
         attempt = Attempt(spec, job, waiting, size)
+        death = "a worker died"
         try:
             attempt.run()
             _make_way(spec, job, attempt)
             continue
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             cause = _as_ours(error)
+        if type(cause) is VitscaleError and (hang := attempt.hangs()):
+            cause, death = VitscaleError(f"training failed: {hang}"), hang
         if isinstance(cause, DataError):
             raise cause  # the data, or a service: the other runs need them too
         stuck = _incomplete(spec.runs, waiting)
@@ -221,7 +224,7 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
             log.error("%s cannot be trained: %s", stuck[0].run, cause)
         else:
             log.warning("the worker group died at image %d, starting it again: %s", progress, cause)
-            _note(spec, job, f"a worker died; starting again from image {progress:,}")
+            _note(spec, job, f"{death}; starting again from image {progress:,}")
     if failures:
         raise next(iter(failures.values()))
 

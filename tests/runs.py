@@ -47,6 +47,7 @@ def tiny_config(data_url: str, *overrides: str, steps: int = 20) -> RunConfig:
                 f"train.eval_every_images={10 * BATCH}",
                 f"optim.warmup_images={4 * BATCH}",
                 "optim.learning_rate=0.01",
+                "compute.hang_seconds=0",
                 *overrides,
             ],
         )

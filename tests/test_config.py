@@ -128,6 +128,7 @@ VALUES: dict[str, Any] = {
         "prefetch_bytes": 1 << 20,
         "cache_directory": "/cache",
         "cache_bytes": 1 << 30,
+        "hang_seconds": 20.0,
         "drill": {"record_batches": True, "kill_at_step": 3, "fail_at_step": 4},
     },
 }
@@ -185,6 +186,7 @@ NO_MATTER = {
     "compute.prefetch_bytes",
     "compute.cache_directory",
     "compute.cache_bytes",
+    "compute.hang_seconds",
     "compute.drill.record_batches",
     "compute.drill.kill_at_step",
     "compute.drill.fail_at_step",

@@ -7,6 +7,7 @@ import ray
 import ray.train
 
 from orchestrator import driver
+from orchestrator.attempt import Attempt
 from orchestrator.capacity import Room
 from orchestrator.driver import RESTARTS, Stopped
 from orchestrator.job import JobSpec, is_complete, read_note, run_url, write_stop
@@ -17,6 +18,7 @@ from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
 from workers.storage import open_store
 from workers.training.commits import CommitLog
+from workers.training.hangs import Hang, RankAtHang, write_hang
 
 CONFIG = make_config(changed("compute.workers", 4))
 JOB = "job-0"
@@ -92,14 +94,13 @@ Act = Callable[[list[RunConfig]], None]
 def use_trainer(monkeypatch: pytest.MonkeyPatch, groups: list[list[str]], act: Act) -> None:
     """Worker groups that do `act`, whose errors come back as Ray has them."""
 
-    class Group:
-        reason: str | None = None
-
+    class Group(Attempt):
         def __init__(self, spec: JobSpec, job: str, runs: list[RunConfig], size: int) -> None:
-            self.runs = runs
+            super().__init__(spec, job, runs, size)
             groups.append([config.run for config in runs])
 
         def run(self) -> None:
+            self._note_hangs()
             try:
                 act(self.runs)
             except (VitscaleError, OSError) as error:
@@ -137,6 +138,32 @@ def test_a_group_that_dies_is_started_again_as_long_as_it_commits(
     assert (
         read_note(open_store(store_url), JOB) == f"a worker died; starting again from image {len(groups) - 1}"
     )
+
+
+def test_a_hang_is_why_a_group_died(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    """Told once; what an earlier attempt left is no news."""
+    (config,) = seeds(1)
+    store = open_store(run_url(store_url, config))
+    rank = RankAtHang(1, 4711, "step", 7, 31.0, late=True, state="S (sleeping)", waits_in="")
+    notes = []
+
+    def act(group: list[RunConfig]) -> None:
+        notes.append(read_note(open_store(store_url), JOB))
+        commit(store_url, config, len(groups), complete=len(groups) == 3)
+        if len(groups) == 1:
+            write_hang(store, Hang(0, "node-b", 0.0, (rank,)), "")
+        if len(groups) < 3:
+            raise OSError("killed")
+
+    use_trainer(monkeypatch, groups, act)
+    driver._fit(make_spec(store_url, config), JOB, [config])
+    assert notes[1:] == [
+        "rank 1 (pid 4711 on node-b) stood still for 31 s in 'step' at step 7; "
+        f"stacks: {store.url}/hangs/000000-00001.txt; starting again from image 1",
+        "a worker died; starting again from image 2",
+    ]
 
 
 def test_a_group_that_dies_without_a_commit_is_given_up(

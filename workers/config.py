@@ -348,6 +348,9 @@ class ComputeConfig(Part):
     """Local directory of each node for what was read of the shards; None: no cache."""
     cache_bytes: int = Field(default=100 << 30, gt=0)
     """Limit of that directory, for all processes of a node."""
+    hang_seconds: float = Field(default=30.0, ge=0)
+    """A worker that stands still for so long, in a step or waiting for a batch, is killed, and its group goes
+    on from the last commit. 0: nobody looks, as a debugger wants it."""
     drill: DrillConfig = DrillConfig()
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from workers import outage
 from workers.errors import DataError
 from workers.objects import AlreadyExists, Changed, NotFound, ObjectInfo, Truncated, Unavailable, join_url
 from workers.s3_client import WRITE_ATTEMPTS, OutOfRange, S3Client
@@ -259,6 +260,7 @@ class _Patience:
         if waited > limit:
             raise Unavailable(f"{error} (tried for {waited:.0f} s)") from error
         self._tell(error, waited)
+        outage.note()
         bound = min(SHORTEST_WAIT * 2**self._failures, LONGEST_WAIT)
         self._failures += 1
         self._sleep(secrets.SystemRandom().uniform(0, bound))

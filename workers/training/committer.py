@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from workers import outage
 from workers.errors import CheckpointError
 from workers.storage import NotFound, Store, Unavailable, create_again
 from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, object_name
@@ -223,6 +224,7 @@ class Committer:
                 return request()
             except Unavailable as error:
                 log.warning("a commit waits for the store: %s", error)
+            outage.note()
             self._pause(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 

@@ -38,12 +38,15 @@ from workers.training.parallel import DTYPES, ShardPlace, parallelize, reshard, 
 from workers.training.parent import describe_resize, load_parent
 from workers.training.peak import peak_flops
 from workers.training.profile import Profile
+from workers.training.progress import Progress
 from workers.training.proofs import merge_ledgers, settle_epochs
 from workers.training.pulse import Pulse
 from workers.training.reports import evaluation_metrics, write_evaluation, write_probes
 from workers.training.rollback import announce
 from workers.training.state import TrainState, roll_back, share_lease
 from workers.training.step import train_step
+from workers.training.stragglers import Stragglers
+from workers.training.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +81,8 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> bool:
             log.info("%s is complete", config.run)
             return True
         while True:
-            complete, window = _train_under(lease, config, store, sources, validation, device)
+            with watched(config.compute, store.url, lease.epoch, device) as progress:
+                complete, window = _train_under(lease, config, store, sources, validation, device, progress)
             if window is None:
                 return complete
             gc.collect()  # the model that it leaves behind has no place beside the next
@@ -95,6 +99,7 @@ def _train_under(
     sources: list[Source],
     validation: DatasetIndex,
     device: torch.device,
+    progress: Progress,
 ) -> tuple[bool, Window | None]:
     """Whether the run is complete; steps before which it has to go back, since the loss rose there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -149,6 +154,7 @@ def _train_under(
     feed = Feed(device)
     bad_steps = BadSteps(config, sources, state.bad_steps)
     meter = Meter(device, flops_per_image=3 * config.model.computed_flops, peak_flops=peak * world_size)
+    stragglers = Stragglers(model, device)
     profile = Profile(store, lease.epoch, config.compute.profile_steps if rank == 0 else 0)
     pulse = Pulse(store, lease.epoch)
     drill = Drill(config.compute.drill, lease.epoch)
@@ -159,9 +165,11 @@ def _train_under(
             committer.check()
             drill.before_step(state.step)
             rate = learning_rate(config.optim, state.images_seen, total_images)
-            read = next(stream)
-            drill.record(read)
-            batch = feed.to_device(read)
+            progress.step(state.step)
+            with progress.phase("data"):
+                read = next(stream)
+                drill.record(read)
+                batch = feed.to_device(read)
             if not lease.skips(state.step):
                 totals = train_step(
                     model,
@@ -172,6 +180,9 @@ def _train_under(
                     rate=rate,
                     microbatch_size=microbatch_size,
                 )
+                if not progress.compiled:
+                    totals.tolist()  # none goes on to a later step and waits there for who still compiles
+                    progress.compiled = True
                 if average:
                     average.update(batch_size, state.images_seen + batch_size, totals[3])
                 meter.add(state.step, totals, batch_size)
@@ -188,6 +199,7 @@ def _train_under(
             if evaluating or committing or _due(state, config.train.log_every_images):
                 merge_ledgers([source.ledger for source in sources], device)
                 report = meter.take(stream.times.take())
+                slow = stragglers.find(report, batch_size)
                 digests = drill.settle(device)
                 if events and digests:
                     first = state.step - len(digests)
@@ -195,6 +207,8 @@ def _train_under(
                 if events:
                     values = {**report.values, "learning_rate": rate}
                     events.write("metrics", state.images_seen, values=values)
+                    for one in slow:
+                        events.write("straggler", state.images_seen, **asdict(one))
                 bad_steps.settle(report.steps, events)
                 if spike := state.history.find(report.steps, config.train):
                     announce(spike, config, sources, lease.skipped, events)
@@ -202,21 +216,26 @@ def _train_under(
                     break
             if evaluating:
                 images = microbatch_size or share
-                results[""] = _evaluate(config, model, validation, images, device)
-                if average:
-                    with average.swapped(model):
-                        results["average_"] = _evaluate(config, model, validation, images, device)
-                if events:
-                    write_evaluation(events, state, results)
+                with progress.phase("evaluate"):
+                    results[""] = _evaluate(config, model, validation, images, device, progress)
+                    if average:
+                        with average.swapped(model):
+                            results["average_"] = _evaluate(
+                                config, model, validation, images, device, progress
+                            )
+                    if events:
+                        write_evaluation(events, state, results)
                 meter.restart()
             if committing:
-                if not stopping:
-                    write_probes(events, state, model, validation)
-                # Only the final commit was just evaluated: what a gate may ask for.
-                state.commit(evaluation_metrics(results) if state.complete else {}, committer, events)
+                with progress.phase("save"):
+                    if not stopping:
+                        write_probes(events, state, model, validation)
+                    # Only the final commit was just evaluated: what a gate may ask for.
+                    state.commit(evaluation_metrics(results) if state.complete else {}, committer, events)
                 meter.restart()
         pulse.close()
-        committer.wait()
+        with progress.phase("save"):
+            committer.wait()
     finally:
         committer.close()
         if events:
@@ -227,7 +246,12 @@ def _train_under(
 
 
 def _evaluate(
-    config: RunConfig, model: nn.Module, validation: DatasetIndex, batch_size: int, device: torch.device
+    config: RunConfig,
+    model: nn.Module,
+    validation: DatasetIndex,
+    batch_size: int,
+    device: torch.device,
+    progress: Progress,
 ) -> Evaluation:
     """`batch_size` images per rank and forward."""
     result = evaluate(
@@ -239,6 +263,7 @@ def _evaluate(
         decode_threads=_decode_threads(config),
         cache=cache_of(config),
         device=device,
+        progress=progress.evaluated,
     )
     reshard(model)
     return result
