@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
@@ -369,6 +371,30 @@ def test_a_command_that_is_ended_ends_its_job_and_the_next_goes_on(services: Sit
     assert new is not None and new.complete
     lineage = [commit.seq for commit in CommitLog(open_store(run.as_uri())).lineage_from(new.seq)]
     assert head.seq in lineage
+
+
+@pytest.mark.services
+@pytest.mark.timeout(300)
+def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, train: list[str]) -> None:
+    settings = ("--set", "train.images=8000", "--set", "seed=78", "--set", "compute.hang_seconds=3")
+    command = [*train, *settings, "--as", "stopped", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = wait_for_commit(services)
+    workers = [one for one in psutil.process_iter(["cmdline"]) if is_train_worker(one)]
+    workers[0].send_signal(signal.SIGSTOP)
+    output, error = process.communicate(timeout=250)
+    assert process.returncode == 0, error
+    assert json.loads(output)["run"] == run.name
+    head = CommitLog(open_store(run.as_uri())).head()
+    assert head is not None and head.complete and head.epoch >= 1
+    reasons = [json.loads(record.read_bytes())["reason"] for record in run.glob("hangs/*.json")]
+    named = f"(pid {workers[0].pid} on {socket.gethostname()}) stood still"
+    assert any(named in reason and reason.endswith(", stopped by a signal") for reason in reasons), reasons
+
+
+def is_train_worker(process: psutil.Process) -> bool:
+    """Ray titles a worker's process after its class."""
+    return "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
 
 
 def wait_for_commit(services: Site, seconds: float = 100) -> Path:

@@ -146,7 +146,7 @@ def test_a_hang_is_why_a_group_died(
     """Told once; what an earlier attempt left is no news."""
     (config,) = seeds(1)
     store = open_store(run_url(store_url, config))
-    rank = RankAtHang(1, 4711, "step", 7, 31.0, late=True, state="S (sleeping)", waits_in="")
+    rank = RankAtHang(1, 4711, "step", 7, 31.0, late=True, state="S", waits_in="")
     notes = []
 
     def act(group: list[RunConfig]) -> None:

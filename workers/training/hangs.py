@@ -23,7 +23,8 @@ class RankAtHang:
     late: bool
     """It had the time that its phase may take."""
     state: str
-    """Of the process, as Linux has it: `T (stopped)`, `S (sleeping)`, ...; GONE if it had ended."""
+    """Of the process, as Linux has it: R runs, S sleeps, D waits for a device, T is stopped by a signal, t by
+    a debugger; GONE if it had ended."""
     waits_in: str
     """The kernel function in which its main thread sleeps; "" if it runs, or who looked may not know."""
 
@@ -33,7 +34,7 @@ class RankAtHang:
 
     @property
     def is_stopped(self) -> bool:
-        return self.state.startswith("T")
+        return self.state == "T"
 
     def describe(self) -> str:
         at = f"in {self.phase!r} at step {self.step}"

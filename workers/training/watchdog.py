@@ -70,11 +70,8 @@ def deadlines(compute: ComputeConfig) -> dict[str, float]:
 def _ranks_here(device: torch.device) -> dict[int, int]:
     """Pids of all ranks that see this rank's processes and files, by rank."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    here = [
-        boot,
-        *(str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "mnt")),
-        str(os.getuid()),
-    ]
+    spaces = [str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "mnt")]
+    here = [boot, *spaces, os.getuid()]
     told = [json.loads(text) for text in all_texts(json.dumps([here, os.getpid()]), device)]
     return {rank: pid for rank, (there, pid) in enumerate(told) if there == here}
 
@@ -110,7 +107,11 @@ def _process(task: Task) -> Iterator[None]:
     finally:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()  # it ends then
-        code = process.wait(END_SECONDS)
+        try:
+            code = process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
         if code:
             log.warning("the watchdog had ended before, with exit code %d: nobody looked for hangs", code)
 

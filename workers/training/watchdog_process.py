@@ -86,36 +86,36 @@ def main() -> None:
 
 
 class Process:
-    """One rank, held by a descriptor: its pid may belong to another process once it has ended."""
+    """One rank, known by when it began: its pid may belong to another process once it has ended."""
 
     def __init__(self, rank: int, pid: int) -> None:
         self.rank = rank
         self.pid = pid
-        try:
-            self._descriptor: int | None = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._descriptor = None
-
-    @property
-    def is_gone(self) -> bool:
-        """Ended, also if nobody has waited for it."""
-        return self._descriptor is None or bool(select.select([self._descriptor], [], [], 0)[0])
-
-    def send(self, number: signal.Signals) -> None:
-        if self._descriptor is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._descriptor, number)
+        self._begun = self._stat()[1]
 
     @property
     def state(self) -> str:
-        """`S (sleeping)`, ...; GONE."""
-        if self.is_gone:
-            return GONE
+        """`S`, ... as Linux names it, or GONE: also if nobody has waited for its end."""
+        state, begun = self._stat()
+        return GONE if state in "ZX" or begun != self._begun else state
+
+    @property
+    def is_gone(self) -> bool:
+        return self.state == GONE
+
+    def send(self, number: signal.Signals) -> None:
+        if not self.is_gone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def _stat(self) -> tuple[str, str]:
+        """Its state and when it began; "X" if there is no such process."""
         try:
-            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            text = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
-            return GONE
-        return next(line.partition("\t")[2] for line in lines if line.startswith("State:"))
+            return "X", ""
+        fields = text.rpartition(") ")[2].split()
+        return fields[0], fields[19]
 
     @property
     def waits_in(self) -> str:
@@ -158,16 +158,17 @@ class Watch:
 
     def look(self) -> Hang | None:
         """What hangs now, if anything does."""
+        before = self._clock
         self._advance()
         for seen in self._seen:
             standing = self._standing(seen.process.rank)
             if standing.changes != seen.standing.changes:
-                seen.since = self._clock
+                seen.since = before  # at some moment after that
             seen.standing = standing
-            if not seen.process.state.startswith("T"):
+            if seen.process.state != "T":
                 seen.stopped_since = None
             elif seen.stopped_since is None:
-                seen.stopped_since = self._clock
+                seen.stopped_since = before
         if any(map(self._is_late, self._seen)):
             ranks = tuple(map(self._record, self._seen))
             return Hang(self._task.epoch, socket.gethostname(), time.time(), ranks)
@@ -188,8 +189,9 @@ class Watch:
     def _is_late(self, seen: Seen) -> bool:
         if seen.standing.phase == "end" or seen.process.is_gone:
             return False  # the others wait for it in vain, and are late
-        stopped = seen.stopped_since is not None and self._clock - seen.stopped_since
-        return stopped > self._task.hang_seconds or self._clock - seen.since > self._limit(seen.standing)
+        if seen.stopped_since is not None and self._clock - seen.stopped_since >= self._task.hang_seconds:
+            return True
+        return self._clock - seen.since >= self._limit(seen.standing)
 
     def _limit(self, standing: Standing) -> float:
         limit = self._task.deadlines[standing.phase]
