@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 SETTLED_SECONDS = 10.0
-"""More room must have lasted so long before a group grows into it: a restart costs about as much."""
+"""How long the room must have stayed the same before a group grows into it: nodes come one after another, and
+a restart costs about as much."""
 
 
 class Attempt:
@@ -38,6 +39,9 @@ class Attempt:
         self.runs = list(group)
         self._spec, self._job, self._size = spec, job, size
         self._ended = threading.Event()
+        self._fits: int | None = size
+        """The most workers that there was room for at the last look, and since when."""
+        self._fits_since = time.monotonic()
         self.reason: str | None = None
         """Why the group was asked to end."""
         self._hangs_before: dict[str, set[str]] = {}
@@ -69,15 +73,14 @@ class Attempt:
                 self._hangs_before[run] = hang_keys(open_store(run))
 
     def _watch(self) -> None:
-        more_since: float | None = None
         while not self._ended.wait(LOOK_SECONDS):
             try:
-                more_since = self._look(more_since)
+                self._look()
             except (DataError, ray.exceptions.RayError) as error:
                 log.warning("cannot look after the cluster: %s", error)
 
-    def _look(self, more_since: float | None) -> float | None:
-        """Ask the group to end if it must; since when there is more room than it uses."""
+    def _look(self) -> None:
+        """Ask the group to end if it must."""
         if self.reason is None:
             self.reason = read_stop(open_store(self._spec.runs), self._spec.digest, self._job)
         if self.reason is None:
@@ -85,15 +88,15 @@ class Attempt:
             size = now.fits(self.runs[0].compute, beside=self._size)
             if now.leaving:
                 self.reason = "a node is about to go"
-            elif size is not None and size > self._size:
-                more_since = more_since or time.monotonic()
-                if time.monotonic() - more_since >= SETTLED_SECONDS:
-                    self.reason = f"there is room for {size} workers"
-            else:
-                more_since = None
+            elif size != self._fits:
+                self._fits, self._fits_since = size, time.monotonic()
+            if size is not None and size > self._size and self._settled():
+                self.reason = self.reason or f"there is room for {size} workers"
         if self.reason is not None:
             self._request_stop(self.reason)
-        return more_since
+
+    def _settled(self) -> bool:
+        return time.monotonic() - self._fits_since >= SETTLED_SECONDS
 
     def _request_stop(self, reason: str) -> None:
         """Of whichever run is being trained. Again and again: the group may be between two runs."""

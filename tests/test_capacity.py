@@ -89,12 +89,13 @@ def test_a_group_is_asked_to_make_way(monkeypatch: pytest.MonkeyPatch, store_url
     monkeypatch.setattr(attempt_module, "room", lambda compute: calm)
     monkeypatch.setattr(attempt_module, "SETTLED_SECONDS", 0.0)
     run = open_store(run_url(store_url, config))
-    assert attempt._look(None) is None
+    attempt._look()
     assert attempt.reason is None
     monkeypatch.setattr(attempt_module, "room", lambda compute: now.get(cause, calm))
     if cause not in now:
         wish(open_store(store_url), spec.digest, running=False)
-    attempt._look(None)  # the group has no lease yet
+    attempt._look()
+    attempt._look()  # the group has no lease yet
     CommitLog(run).take_lease()
-    attempt._look(None)
+    attempt._look()
     assert attempt.reason == read_stop(run, 0) == cause
