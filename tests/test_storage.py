@@ -35,7 +35,7 @@ from tests.fault_proxy import (
 )
 from tests.s3_server import ENVIRONMENT, s3_server
 from workers import s3 as s3_module
-from workers import storage
+from workers import s3_upload, storage
 from workers.errors import ConfigError, DataError
 from workers.storage import (
     RACERS,
@@ -205,18 +205,89 @@ def test_a_listing_has_each_object_below_the_prefix_in_the_order_of_keys(store: 
     assert list(store.list()) == []
 
 
-def test_a_large_file_is_uploaded(store: Store, tmp_path: Path) -> None:
-    """More than one part on S3, which makes 8 MiB parts."""
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest that S3 takes."""
+    monkeypatch.setattr(s3_upload, "ONE_REQUEST", 5 << 20)
+    monkeypatch.setattr(s3_upload, "PART", 5 << 20)
+
+
+def test_a_large_file_is_uploaded(store: Store, tmp_path: Path, small_parts: None) -> None:
+    """In two parts on S3."""
     data = random.Random(1).randbytes(9 << 20)
     (tmp_path / "shard.tar").write_bytes(data)
     store.upload("shards/0.tar", tmp_path / "shard.tar")
     info = store.head("shards/0.tar")
     assert info.size == len(data)
     assert store.read("shards/0.tar") == data
-    assert store.read_range("shards/0.tar", (8 << 20) - 5, 10, info.etag) == data[(8 << 20) - 5 :][:10]
+    assert store.read_range("shards/0.tar", (5 << 20) - 5, 10, info.etag) == data[(5 << 20) - 5 :][:10]
     (tmp_path / "shard.tar").write_bytes(b"small")
     store.upload("shards/0.tar", tmp_path / "shard.tar")
     assert store.read("shards/0.tar") == b"small"
+    assert list(store.uploads()) == []
+
+
+def test_it_is_told_when_an_object_was_written(store: Store) -> None:
+    before = time.time()
+    store.write("a", b"1")
+    assert before - 2 < store.modified("a") < time.time() + 2
+    with pytest.raises(NotFound):
+        store.modified("b")
+
+
+def test_an_upload_that_ends_early_leaves_nothing(
+    s3: S3Store, proxy: FaultProxy, tmp_path: Path, waits: list[float], small_parts: None
+) -> None:
+    (tmp_path / "shard").write_bytes(bytes(11 << 20))
+    s3.write("shard", b"what was there")
+    # The upload is begun; then one of its parts is refused.
+    proxy.faults += [Meanwhile(lambda: None), Answer(400)]
+    with pytest.raises(DataError, match=rf"{s3.url}/shard"):
+        s3.upload("shard", tmp_path / "shard")
+    assert list(s3.uploads()) == []
+    assert s3.read("shard") == b"what was there"
+
+
+def test_an_upload_whose_last_reply_is_lost_is_done(
+    s3: S3Store, proxy: FaultProxy, tmp_path: Path, waits: list[float], small_parts: None
+) -> None:
+    """botocore asks again to complete it and is told that there is no such upload."""
+    data = random.Random(3).randbytes(11 << 20)
+    (tmp_path / "shard").write_bytes(data)
+    proxy.faults += [Meanwhile(lambda: None)] * 4 + [LoseReply()]
+    s3.upload("shard", tmp_path / "shard")
+    assert s3.read("shard") == data
+    assert "GET" not in [method for method, _ in proxy.requests][:-1]
+
+
+def test_uploads_of_the_dead_are_found_and_removed(s3: S3Store) -> None:
+    client = s3._client
+    for key in ("runs/a/x", "runs/a/y", "runs/b"):
+        name = {"Bucket": s3.bucket, "Key": f"{s3.prefix}/{key}"}
+        upload = client.write("create_multipart_upload", s3.url, **name)["UploadId"]
+        client.write("upload_part", s3.url, **name, UploadId=upload, PartNumber=1, Body=b"1")
+    found = list(s3.uploads("runs/a/"))
+    assert [upload.key for upload in found] == ["runs/a/x", "runs/a/y"]
+    assert all(0 < upload.begun < time.time() + 2 for upload in found)
+    assert list(s3.list()) == []
+    for upload in found:
+        s3.abort(upload)
+        s3.abort(upload)
+    assert [upload.key for upload in s3.uploads()] == ["runs/b"]
+    s3.abort(next(s3.uploads()))
+
+
+def test_files_of_the_dead_are_found_and_removed(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.write("runs/a/x", b"1")
+    (tmp_path / "runs/a/.tmp-0123").write_bytes(b"half")
+    os.utime(tmp_path / "runs/a/.tmp-0123", (100, 100))
+    (upload,) = store.uploads("runs/a/")
+    assert (upload.key, upload.begun) == ("runs/a/.tmp-0123", 100)
+    assert list(store.uploads("runs/b/")) == []
+    store.abort(upload)
+    store.abort(upload)
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "a", "x"]
 
 
 @pytest.mark.parametrize(
@@ -691,14 +762,14 @@ def test_a_server_that_knows_no_ranges_is_refused(
 
 
 def test_the_parts_of_a_large_object_go_on_too(
-    s3: S3Store, proxy: FaultProxy, waits: list[float], tmp_path: Path
+    s3: S3Store, proxy: FaultProxy, waits: list[float], tmp_path: Path, small_parts: None
 ) -> None:
     """The ETag of an object of several parts is none of its bytes'; `If-Match` must do with it."""
     data = random.Random(2).randbytes(17 << 20)
     (tmp_path / "shard").write_bytes(data)
     s3.upload("shard", tmp_path / "shard")
     etag = s3.head("shard").etag
-    assert "-3" in etag
+    assert "-4" in etag
     proxy.faults += [Cut(9 << 20), Cut(3 << 20, reset=True)]
     assert s3.read_range("shard", 100, 16 << 20, etag) == data[100 : 100 + (16 << 20)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from workers.block_folder import DIGEST_BYTES, BlockFolder
 from workers.errors import ConfigError
-from workers.objects import ObjectInfo, Store, Truncated
+from workers.objects import ObjectInfo, Store, Truncated, Upload
 
 BLOCK_BYTES = 4 << 20
 
@@ -111,6 +111,15 @@ class CachedStore:
 
     def delete(self, key: str) -> None:
         self._store.delete(key)
+
+    def modified(self, key: str) -> float:
+        return self._store.modified(key)
+
+    def uploads(self, prefix: str = "") -> Iterator[Upload]:
+        return self._store.uploads(prefix)
+
+    def abort(self, upload: Upload) -> None:
+        self._store.abort(upload)
 
 
 def _runs(numbers: list[int]) -> Iterator[range]:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from workers.errors import DataError
-from workers.objects import AlreadyExists, Changed, NotFound, ObjectInfo, Truncated, Unavailable, join_url
+from workers.objects import (
+    AlreadyExists,
+    Changed,
+    NotFound,
+    ObjectInfo,
+    Truncated,
+    Unavailable,
+    Upload,
+    join_url,
+)
 
 TEMPORARY = ".tmp-"
 """How files begin that are being written; they are no objects."""
@@ -57,17 +66,21 @@ class FileStore:
         return ObjectInfo(key, found.st_size, _etag(found))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for key in self._keys(prefix):
+            # Others may delete meanwhile.
+            with contextlib.suppress(NotFound):
+                if not _is_temporary(key):
+                    yield self.head(key)
+
+    def _keys(self, prefix: str) -> Iterator[str]:
+        """Also of files that are no objects yet, or never became any."""
         start = self._path(prefix.rpartition("/")[0])
         keys = [
             Path(folder, name).relative_to(self.root).as_posix()
             for folder, _, names in os.walk(start, onerror=self._cannot_list)
             for name in names
-            if not name.startswith(TEMPORARY)
         ]
-        for key in sorted(key for key in keys if key.startswith(prefix)):
-            # Others may delete meanwhile.
-            with contextlib.suppress(NotFound):
-                yield self.head(key)
+        yield from sorted(key for key in keys if key.startswith(prefix))
 
     def _cannot_list(self, error: OSError) -> None:
         with contextlib.suppress(NotFound), _errors("list", self.url):
@@ -95,6 +108,19 @@ class FileStore:
         with contextlib.suppress(NotFound), _errors("delete", join_url(self.url, key)):
             self._path(key).unlink()
 
+    def modified(self, key: str) -> float:
+        with _errors("read", join_url(self.url, key)):
+            return self._path(key).stat().st_mtime
+
+    def uploads(self, prefix: str = "") -> Iterator[Upload]:
+        for key in self._keys(prefix):
+            with contextlib.suppress(NotFound):
+                if _is_temporary(key):
+                    yield Upload(key, "", self.modified(key))
+
+    def abort(self, upload: Upload) -> None:
+        self.delete(upload.key)
+
     @contextlib.contextmanager
     def _temporary(self, key: str, source: BinaryIO) -> Iterator[Path]:
         """A complete file beside the key's, with the rights that the umask leaves; gone afterwards."""
@@ -115,6 +141,10 @@ class FileStore:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _is_temporary(key: str) -> bool:
+    return key.rpartition("/")[2].startswith(TEMPORARY)
 
 
 def _etag(found: os.stat_result) -> str:

@@ -53,6 +53,17 @@ class ObjectInfo:
     """Changes whenever the content may have: the ETag on S3, mtime and size for a file."""
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What was begun and not finished; no listing of objects shows it, and it takes room."""
+
+    key: str
+    """Of the object that it was to be; of a file, where its bytes are."""
+    id: str
+    begun: float
+    """Seconds since 1970, by the store's clock."""
+
+
 class Store(Protocol):
     """The objects below one URL; keys are relative to it and use `/`.
 
@@ -82,6 +93,13 @@ class Store(Protocol):
         """AlreadyExists if the object is there; whoever returns is the only writer."""
 
     def delete(self, key: str) -> None: ...
+    def modified(self, key: str) -> float:
+        """When the object was written, in seconds since 1970, by the store's clock."""
+
+    def uploads(self, prefix: str = "") -> Iterator[Upload]:
+        """Those under way, and those whose writer died."""
+
+    def abort(self, upload: Upload) -> None: ...
 
 
 def create_again(store: Store, key: str, data: bytes) -> None:

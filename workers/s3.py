@@ -11,13 +11,25 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 from workers import outage
 from workers.errors import DataError
-from workers.objects import AlreadyExists, Changed, NotFound, ObjectInfo, Truncated, Unavailable, join_url
+from workers.objects import (
+    AlreadyExists,
+    Changed,
+    NotFound,
+    ObjectInfo,
+    Truncated,
+    Unavailable,
+    Upload,
+    join_url,
+)
 from workers.s3_client import WRITE_ATTEMPTS, OutOfRange, S3Client
+from workers.s3_upload import upload_file
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +73,9 @@ class S3Store:
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _relative(self, key: str) -> str:
+        return key.removeprefix(f"{self.prefix}/") if self.prefix else key
 
     def read(self, key: str) -> bytes:
         try:
@@ -115,22 +130,39 @@ class S3Store:
         return ObjectInfo(key, response["ContentLength"], response["ETag"])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        skip = len(self.prefix) + 1 if self.prefix else 0
         more: dict[str, str] | None = {}
         while more is not None:
             page = self._ask("list_objects_v2", prefix, Prefix=self._key(prefix), **more)
             for item in page.get("Contents", []):
                 # Consoles mark "folders" by empty objects whose keys end in a slash.
                 if not item["Key"].endswith("/"):
-                    yield ObjectInfo(item["Key"][skip:], item["Size"], item["ETag"])
+                    yield ObjectInfo(self._relative(item["Key"]), item["Size"], item["ETag"])
             more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
 
     def write(self, key: str, data: bytes) -> None:
         self._put(key, data)
 
     def upload(self, key: str, path: Path) -> None:
-        where = join_url(self.url, key)
-        self._client.write("upload_file", where, str(path), self.bucket, self._key(key))
+        upload_file(self._client, join_url(self.url, key), path, self.bucket, self._key(key))
+
+    def uploads(self, prefix: str = "") -> Iterator[Upload]:
+        more: dict[str, str] | None = {}
+        while more is not None:
+            page = self._ask("list_multipart_uploads", prefix, Prefix=self._key(prefix), **more)
+            for item in page.get("Uploads", []):
+                begun = datetime.fromisoformat(item["Initiated"]).timestamp()
+                yield Upload(self._relative(item["Key"]), item["UploadId"], begun)
+            markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+            more = {ours: page[its] for ours, its in markers.items()} if page.get("IsTruncated") else None
+
+    def abort(self, upload: Upload) -> None:
+        names = {"Bucket": self.bucket, "Key": self._key(upload.key), "UploadId": upload.id}
+        with contextlib.suppress(NotFound):
+            self._client.write("abort_multipart_upload", join_url(self.url, upload.key), **names)
+
+    def modified(self, key: str) -> float:
+        response = self._ask("head_object", key, Key=self._key(key))
+        return parsedate_to_datetime(response["LastModified"]).timestamp()
 
     def create(self, key: str, data: bytes) -> None:
         # The mark tells our own object from another's when the reply to a write was lost and botocore,

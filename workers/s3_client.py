@@ -46,10 +46,10 @@ class S3Client:
         self.has_answered = True
         return answer
 
-    def write(self, operation: str, where: str, *positional: str, **arguments: Any) -> Any:
+    def write(self, operation: str, where: str, **arguments: Any) -> Any:
         """With botocore's own attempts, some 10 s of them."""
         with self.errors(where):
-            return getattr(self._boto(retries=True), operation)(*positional, **arguments)
+            return getattr(self._boto(retries=True), operation)(**arguments)
 
     def _boto(self, *, retries: bool) -> Any:
         with self._lock:
@@ -60,7 +60,6 @@ class S3Client:
     @contextlib.contextmanager
     def errors(self, where: str) -> Iterator[None]:
         """Exceptions of boto3 and what is below it as ours, naming the object and what to do."""
-        from boto3.exceptions import S3UploadFailedError
         from botocore import exceptions as boto
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
@@ -78,12 +77,6 @@ class S3Client:
         except (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound) as error:
             raise DataError(
                 f"{where}: no S3 credentials ({error}); set up an AWS profile or run `vitscale up`"
-            ) from error
-        except S3UploadFailedError as error:
-            # What the server answered to a part is below it.
-            cause = error.__context__
-            raise (
-                _refusal(where, cause) if isinstance(cause, boto.ClientError) else _no_answer(where, error)
             ) from error
         except passing as error:
             raise _no_answer(where, error) from error
@@ -164,7 +157,7 @@ def _refusal(where: str, error: Any) -> DataError:
     status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
         return NotFound(f"no bucket for {where}")
-    if code in ("404", "NoSuchKey", "NotFound"):
+    if code in ("404", "NoSuchKey", "NotFound", "NoSuchUpload"):
         return NotFound(f"no object {where}")
     if code in ("412", "PreconditionFailed", "ConditionalRequestConflict"):
         return AlreadyExists(f"{where} exists") if error.operation_name == "PutObject" else Changed.at(where)

@@ -22,6 +22,7 @@ from workers.objects import (
     Store,
     Truncated,
     Unavailable,
+    Upload,
     create_again,
     join_url,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Store",
     "Truncated",
     "Unavailable",
+    "Upload",
     "create_again",
     "ensure_bucket",
     "join_url",

@@ -18,7 +18,8 @@ import hashlib
 import json
 import math
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ from workers.training.rows import local
 FORMAT = 2
 """Format 1 had no `num_shards`: each rank wrote a part."""
 MANIFEST = "MANIFEST.json"
+READ_AT_ONCE = 4
+"""Objects that are on their way to a rank."""
 STATE = "state."
 """Prefix of the optimizer's tensors in `Manifest.shapes` and of its scalars."""
 AVERAGE = "average."
@@ -241,6 +244,7 @@ def load_full(store: Store, manifest: Manifest) -> dict[str, Tensor]:
     objects = _Objects(store, manifest, "model")
     names = [name for name in manifest.shapes if not name.startswith((STATE, AVERAGE))]
     parts = range(manifest.num_shards)
+    objects.read(parts)
     return {name: torch.cat([objects.rows(part, name) for part in parts]) for name in names}
 
 
@@ -249,7 +253,7 @@ def object_name(kind: str, rank: int, world_size: int) -> str:
 
 
 class _Objects:
-    """The saved ranks' objects of one kind, each read and verified once, when first asked for."""
+    """The saved ranks' objects of one kind, verified."""
 
     def __init__(self, store: Store, manifest: Manifest, kind: str) -> None:
         self._store = store
@@ -257,11 +261,17 @@ class _Objects:
         self._kind = kind
         self._read: dict[int, dict[str, Tensor]] = {}
 
+    def read(self, ranks: Iterable[int]) -> None:
+        """A few at a time; what is wrong with the first of them is raised."""
+        ranks = sorted(ranks)
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+            self._read = dict(zip(ranks, pool.map(self._load, ranks), strict=True))
+
     def rows(self, rank: int, name: str) -> Tensor:
         """The rows of a tensor that were this rank's."""
         shape = self.manifest.shapes[name]
         start, stop = _rows(shape[0], rank, self.manifest.num_shards)
-        value = self._tensors(rank).get(name)
+        value = self._read[rank].get(name)
         if value is None or list(value.shape) != [stop - start, *shape[1:]]:
             found = "nothing" if value is None else f"shape {list(value.shape)}"
             raise CheckpointError(
@@ -269,11 +279,6 @@ class _Objects:
                 f"not rows {start} to {stop} as its manifest says"
             )
         return value
-
-    def _tensors(self, rank: int) -> dict[str, Tensor]:
-        if rank not in self._read:
-            self._read[rank] = self._load(rank)
-        return self._read[rank]
 
     def _load(self, rank: int) -> dict[str, Tensor]:
         where = self._where(rank)
@@ -307,18 +312,24 @@ def _read(store: Store, key: str) -> bytes:
 @torch.no_grad()
 def _copy_rows(objects: _Objects, tensors: Mapping[str, Tensor], place: ShardPlace) -> None:
     """Fill this rank's rows of each tensor from whichever saved parts hold them."""
-    rank, world_size = place.index, place.count
-    saved_size = objects.manifest.num_shards
+    objects.read({part for name in tensors for part in _overlaps(objects.manifest, name, place)})
     for name, value in tensors.items():
         own = local(value)
         num_rows = objects.manifest.shapes[name][0]
-        start, stop = _rows(num_rows, rank, world_size)
-        for saved_rank in range(saved_size):
-            saved_start, saved_stop = _rows(num_rows, saved_rank, saved_size)
-            first, last = max(start, saved_start), min(stop, saved_stop)
-            if first < last:
-                source = objects.rows(saved_rank, name)
-                own[first - start : last - start].copy_(source[first - saved_start : last - saved_start])
+        start, _ = _rows(num_rows, place.index, place.count)
+        for part, (first, last) in _overlaps(objects.manifest, name, place).items():
+            saved_start, _ = _rows(num_rows, part, objects.manifest.num_shards)
+            source = objects.rows(part, name)
+            own[first - start : last - start].copy_(source[first - saved_start : last - saved_start])
+
+
+def _overlaps(manifest: Manifest, name: str, place: ShardPlace) -> dict[int, tuple[int, int]]:
+    """Which rows of this rank's a saved part has, of each part that has any."""
+    num_rows = manifest.shapes[name][0]
+    start, stop = _rows(num_rows, place.index, place.count)
+    saved = [_rows(num_rows, part, manifest.num_shards) for part in range(manifest.num_shards)]
+    shared = [(max(start, first), min(stop, last)) for first, last in saved]
+    return {part: rows for part, rows in enumerate(shared) if rows[0] < rows[1]}
 
 
 def _rows(num_rows: int, rank: int, world_size: int) -> tuple[int, int]:
