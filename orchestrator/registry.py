@@ -121,12 +121,15 @@ class Registry:
             check_name(model, "model")
         query = f"name = '{model}'" if model else ""
         with mlflow_errors(SERVICE):
-            page = self._client.search_model_versions(query, max_results=PAGE)
-            found = list(page)
-            while page.token:
-                page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
-                found += page
+            found = self._search(query)
         return sorted(_readable(found), key=lambda v: (v.model, v.version))
+
+    def needed(self) -> set[str]:
+        """URLs of all manifests that a version, whatever its tags, or a promotion points to."""
+        with mlflow_errors(SERVICE):
+            sources = {str(version.source).removeprefix(LOCAL) for version in self._search("")}
+        models = {info.key.split("/")[1] for info in self._store.list("promotions/")}
+        return sources | {promotion.manifest for model in models for promotion in self.promotions(model)}
 
     def resolve(self, reference: str) -> Version:
         """`model@alias` by the promotion log, or `model/version`."""
@@ -205,6 +208,14 @@ class Registry:
                 continue
             self._follow(version.model, alias)
             return promotion
+
+    def _search(self, query: str) -> list[ModelVersion]:
+        page = self._client.search_model_versions(query, max_results=PAGE)
+        found = list(page)
+        while page.token:
+            page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
+            found += page
+        return found
 
     def _follow(self, model: str, alias: str) -> None:
         """MLflow's alias becomes what the log says, whoever else promotes at the same time."""

@@ -12,6 +12,7 @@ import typer
 
 from pipelines import data_commands, registry_commands, run_commands, selftest_commands, training_commands
 from pipelines.evaluate_command import evaluate
+from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
 from pipelines.terminal import console, errors
 from workers.errors import ConfigError, VitscaleError
@@ -161,6 +162,7 @@ app.command()(registry_commands.models)
 app.command()(registry_commands.promote)
 app.command(name="import")(registry_commands.import_weights)
 app.command()(registry_commands.export)
+app.command()(gc)
 app.command()(training_commands.scale)
 
 

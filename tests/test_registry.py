@@ -229,6 +229,21 @@ def test_all_versions_are_found_whatever_fits_on_a_page(
     assert registry.register("toy", run_config(), "run-id").version == 1
 
 
+def test_what_is_needed_is_known_whatever_the_tags_say(
+    registry: Registry, mlflow: FakeMlflow, store_url: str
+) -> None:
+    first, second = registered(registry, store_url, 1), registered(registry, store_url, 2)
+    mlflow.create_model_version("toy", "s3://runs/x/checkpoints/1-0/MANIFEST.json", "run-id", {})
+    registry.promote(first, "champion", Gate())
+    mlflow.models["toy"].pop(0)
+    mlflow.models["toy"][0].tags.clear()
+    manifests = {first.manifest, second.manifest, "s3://runs/x/checkpoints/1-0/MANIFEST.json"}
+    assert registry.needed() == manifests
+    mlflow.down = True
+    with pytest.raises(DataError, match="MLflow's model registry failed"):
+        registry.needed()
+
+
 def test_promotion_moves_the_alias_in_the_log_and_in_mlflow(
     registry: Registry, mlflow: FakeMlflow, store_url: str
 ) -> None:

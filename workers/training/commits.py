@@ -65,12 +65,12 @@ class CommitLog:
 
     def head(self) -> Commit | None:
         """The newest commit that counts."""
-        lease = self._newest_lease()
+        lease = self.newest_lease()
         return self._head_under(lease) if lease is not None else None
 
     def newest_epoch(self) -> int | None:
         """Of the lease that counts."""
-        lease = self._newest_lease()
+        lease = self.newest_lease()
         return None if lease is None else lease.epoch
 
     def lineage_from(self, seq: int | None) -> Iterator[Commit]:
@@ -83,7 +83,7 @@ class CommitLog:
     def take_lease(self) -> Lease:
         """Become the run's only writer; everybody with an older lease is void from now on."""
         while True:
-            newest = self._newest_lease()
+            newest = self.newest_lease()
             head = self._head_under(newest) if newest else None
             epoch, skipped = (newest.epoch + 1, newest.skipped) if newest else (0, ())
             lease = Lease(epoch, head.seq if head else None, skipped)
@@ -153,7 +153,8 @@ class CommitLog:
                 "this one ends without a trace in the result"
             )
 
-    def _newest_lease(self) -> Lease | None:
+    def newest_lease(self) -> Lease | None:
+        """Whose owner alone may commit."""
         newest = None
         while (lease := self._lease(newest.epoch + 1 if newest else 0)) is not None:
             newest = lease

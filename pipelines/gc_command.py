@@ -1,0 +1,55 @@
+"""`vitscale gc`: what the store of runs need not keep goes."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.terminal import AsJson, SiteFile, console, open_site
+
+
+def gc(
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoints to keep of each run, the newest. Default: all.")
+    ] = None,
+    older_than: Annotated[float, typer.Option(min=0, help="Hours; what is younger stays.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete checkpoints that no log counts and old ones that nothing needs, and abort unfinished uploads.
+
+    What a registered version, a promotion, a job or another run needs stays in any case.
+
+    Example: vitscale gc --keep 3 --dry-run
+    """
+    where = open_site(site)
+    from orchestrator.registry import Registry
+    from orchestrator.retention import Retention
+    from orchestrator.tracking import Tracking
+    from pipelines.pretrain import EXPERIMENT
+
+    registry = Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs)
+    retention = Retention(where.runs, registry.needed(), keep=keep, older_than=3600 * older_than)
+    garbage, uploads = list(retention.garbage()), list(retention.uploads())
+    if not dry_run:
+        for checkpoint in garbage:
+            retention.delete(checkpoint)
+        for upload in uploads:
+            retention.abort(upload)
+    total = sum(checkpoint.size for checkpoint in garbage)
+    if as_json:
+        rows = [asdict(checkpoint) for checkpoint in garbage]
+        keys = [upload.key for upload in uploads]
+        typer.echo(json.dumps({"checkpoints": rows, "uploads": keys, "bytes": total, "deleted": not dry_run}))
+        return
+    table = Table("run", "checkpoint", "why", "objects", "bytes", box=None)
+    for checkpoint in garbage:
+        numbers = (f"{len(checkpoint.objects)}", f"{checkpoint.size:,}")
+        table.add_row(checkpoint.run, checkpoint.directory, checkpoint.reason, *numbers)
+    if garbage:
+        console.print(table)
+    verb = "would go" if dry_run else "gone"
+    console.print(f"{verb}: {len(garbage)} checkpoints, {total:,} bytes; {len(uploads)} unfinished uploads")
