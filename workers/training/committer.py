@@ -10,7 +10,6 @@ import json
 import logging
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +83,6 @@ class Committer:
         self._events = events
         self._is_first = dist.get_rank() == 0
         self._log = CommitLog(store)
-        self._names: Counter[tuple[int, int]] = Counter()
         self._queue: queue.SimpleQueue[_Checkpoint | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         """Guards the two below."""
@@ -106,9 +104,7 @@ class Committer:
 
     def commit(self, manifest: Manifest, snapshot: Snapshot) -> None:
         """Hand in a checkpoint, after `wait_for_room`."""
-        at = (manifest.images_seen, manifest.epoch)
-        directory = checkpoint_directory(*at, again=self._names[at])
-        self._names[at] += 1
+        directory = checkpoint_directory(manifest.images_seen, manifest.epoch)
         with self._changed:
             self._under_way += 1
         self._queue.put(_Checkpoint(directory, manifest, snapshot))
