@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -34,16 +34,7 @@ def outages(lab: Lab) -> Iterator[str]:
     config = tiny_config(lab.data, f"train.checkpoint_every_images={2 * BATCH}", steps=20)
     undisturbed = lab.new_url("undisturbed")
     train_on(2, config, undisturbed)
-    with ExitStack() as stack:
-        server = stack.enter_context(s3_server())
-        proxy = stack.enter_context(FaultProxy(server))
-        # Trials look at what came of a run without the proxy.
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": server}).items():
-            patch.setenv(name, value)
-        s3_client.cache_clear()
-        stack.callback(s3_client.cache_clear)
-        ensure_bucket(BUCKET)
+    with proxied_store() as proxy:
         number = 0
         while True:
             for seconds in SHORT_OUTAGES if lab.short else OUTAGES:
@@ -54,6 +45,21 @@ def outages(lab: Lab) -> Iterator[str]:
                 proxy.chances = chances
                 yield trained(config, f"{BUCKET}/{number}", proxy, what, undisturbed)
                 proxy.chances = None
+
+
+@contextmanager
+def proxied_store() -> Iterator[FaultProxy]:
+    """In front of a server that this process itself talks to without it: to see what came of a run."""
+    with ExitStack() as stack:
+        server = stack.enter_context(s3_server())
+        proxy = stack.enter_context(FaultProxy(server))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": server}).items():
+            patch.setenv(name, value)
+        s3_client.cache_clear()
+        stack.callback(s3_client.cache_clear)
+        ensure_bucket(BUCKET)
+        yield proxy
 
 
 def outage(lab: Lab, config: RunConfig, url: str, proxy: FaultProxy, seconds: float, undisturbed: str) -> str:

@@ -1,0 +1,74 @@
+"""R20: all kinds of faults, one after another at random, on one run."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from tests.chaos.checkpoints import same_run
+from tests.chaos.row import Lab, Row
+from tests.chaos.stores import BUCKET, proxied_store, train_at
+from tests.distributed import Ranks
+from tests.fault_proxy import Chances, FaultProxy
+from tests.runs import BATCH, tiny_config, train_on
+from tests.s3_server import ENVIRONMENT
+from workers.config import RunConfig
+from workers.storage import open_store
+from workers.training.commits import CommitLog
+from workers.training.control import request_stop
+
+STEPS = 120
+FAULTS = ("kill", "stop", "zombie", "outage")
+"""SIGKILL; a request to commit and end; a group that stands still and is replaced; the store away."""
+
+
+def soak(lab: Lab) -> Iterator[str]:
+    config = tiny_config(
+        lab.data,
+        f"train.checkpoint_every_images={4 * BATCH}",
+        f"train.eval_every_images={STEPS * BATCH}",
+        "train.probe_images=0",
+        steps=STEPS,
+    )
+    undisturbed = lab.new_url("undisturbed")
+    train_on(2, config, undisturbed)
+    with ExitStack() as stack:
+        proxy = stack.enter_context(proxied_store())
+        proxy.chances = Chances(seed=0, busy=3, reset=2, lose=2, methods=("GET", "HEAD", "PUT", "POST"))
+        number = 0
+        while True:
+            number += 1
+            yield from one_run(lab, config, f"{BUCKET}/{number}", proxy, undisturbed)
+
+
+def one_run(lab: Lab, config: RunConfig, url: str, proxy: FaultProxy, undisturbed: str) -> Iterator[str]:
+    """Each fault is a trial; the last one says what became of the run."""
+    log = CommitLog(open_store(url))
+    environment = ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": proxy.url}
+    with ExitStack() as zombies:
+        while (head := log.head()) is None or not head.complete:
+            group = zombies.enter_context(Ranks(2, train_at, environment, config, url))
+            target = (head.seq if head else -1) + lab.random.randint(1, 4)
+            while group.alive() and ((now := log.head()) is None or now.seq < target):
+                time.sleep(0.02)
+            time.sleep(lab.random.uniform(0, 0.2))
+            fault = lab.random.choice(FAULTS)
+            if not group.alive():
+                break
+            if fault == "zombie":
+                group.pause()
+                threading.Timer(lab.random.uniform(1, 5), group.unpause).start()
+            elif fault == "stop":
+                request_stop(open_store(url), log.newest_epoch() or 0, "a request")
+                group.results()
+            elif fault == "outage":
+                with proxy.outage():
+                    time.sleep(lab.random.uniform(1, 15))
+                group.results()
+            else:
+                group.kill()
+            yield ""
+    yield "" if same_run(url, undisturbed) else f"another result, {url}"
+
+
+ROWS = [Row("R20", "all kinds of faults at random, one after another: the same result", soak, short=4)]
