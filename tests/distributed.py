@@ -86,11 +86,12 @@ class Ranks:
         """Until one of the ranks is dead."""
         assert wait([process.sentinel for process in self._processes], TIMEOUT_SECONDS), "all are alive"
 
-    def results(self) -> list[Any]:
+    def results(self, seconds: float = TIMEOUT_SECONDS) -> list[Any]:
+        """By rank; AssertionError if none of those left ends for so long."""
         results: dict[int, Any] = {}
         waiting = dict(zip(self._pipes, range(len(self._pipes)), strict=True))
         while waiting:
-            ready = wait(list(waiting), TIMEOUT_SECONDS)
+            ready = wait(list(waiting), seconds)
             assert ready, f"ranks {sorted(waiting.values())} neither returned nor raised"
             for pipe in ready:
                 assert isinstance(pipe, Connection)

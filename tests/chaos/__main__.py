@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     # As Ctrl-C: what was started is ended, what was seen is written down.
     signal.signal(signal.SIGTERM, _interrupt)
-    print(f"seed {given.seed}", flush=True)
+    print(f"seed {given.seed}; what the processes say is in {_keep_apart()}", flush=True)
     if given.soak:
         return soak(ROWS[given.soak], given.seed, given.minutes)
     unknown = [name for name in given.rows if name not in ROWS]
@@ -134,6 +134,16 @@ def _append(row: Row, seen: list[dict[str, float]], recoveries: list[float]) -> 
 
 def _tell(violation: str) -> None:
     print(f"  VIOLATION: {violation}" if violation else "  .", flush=True)
+
+
+def _keep_apart() -> Path:
+    """Standard error of all processes from here on goes to a file; this one's own Python keeps it."""
+    path = ROOT / ".bench" / "chaos.log"
+    path.parent.mkdir(exist_ok=True)
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    return path
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

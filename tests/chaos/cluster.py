@@ -23,7 +23,8 @@ from workers.training.commits import CommitLog
 
 VITSCALE = [sys.executable, "-m", "pipelines.cli"]
 PATIENCE = 300.0
-STEPS, KILLS, SHORT_KILLS = 400, 20, 2
+STEPS, KILLS = 400, 20
+SHORT_STEPS, SHORT_KILLS = 100, 1
 """Of a run."""
 
 
@@ -85,18 +86,18 @@ def write_config(folder: Path, config: RunConfig) -> Path:
 
 def kills_of_workers(lab: Lab) -> Iterator[str]:
     with LocalCluster(lab.new_folder("site")) as cluster:
-        number = 0
+        number, steps = 0, SHORT_STEPS if lab.short else STEPS
         while True:
             number += 1
             config = tiny_config(
                 lab.data,
                 f"train.checkpoint_every_images={2 * BATCH}",
-                f"train.eval_every_images={STEPS * BATCH}",
+                f"train.eval_every_images={steps * BATCH}",
                 "train.probe_images=0",
                 "compute.deterministic=true",
                 f"seed={number}",
                 f"name=r1-{number}",
-                steps=STEPS,
+                steps=steps,
             )
             yield from killed_run(lab, cluster, config)
 
@@ -172,7 +173,7 @@ ROWS = [
         "R1",
         "workers killed at random: weights, optimizer and place bit-equal",
         kills_of_workers,
-        short=2,
+        short=1,
         services=True,
     ),
 ]

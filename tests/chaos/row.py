@@ -68,6 +68,8 @@ class Outcome:
     took: float = 0.0
     """Seconds."""
     recoveries: list[float] = field(default_factory=list)
+    broken_off: bool = False
+    """By an error that no trial expects; a violation, too."""
 
 
 def run_row(
@@ -84,8 +86,12 @@ def run_row(
         lab = Lab(Path(folder).resolve(), seed, short=short)
         trials = row.trials(lab)
         try:
-            while not enough(outcome):
-                violation = next(trials)
+            while not outcome.broken_off and not enough(outcome):
+                try:
+                    violation = next(trials)
+                except Exception as error:  # noqa: BLE001 - none is allowed
+                    violation = f"{type(error).__name__}: {error}"
+                    outcome.broken_off = True
                 outcome.trials += 1
                 outcome.took = time.monotonic() - started
                 outcome.recoveries = lab.seconds

@@ -1,9 +1,19 @@
 """All rows of the table, in its order."""
 
-from tests.chaos import bad_steps, checkpoints, cluster, disks, lives, resizes, stores, tracking, writers
+from tests.chaos import (
+    bad_steps,
+    checkpoints,
+    cluster,
+    disks,
+    hangs,
+    lives,
+    mixed,
+    resizes,
+    stores,
+    tracking,
+    writers,
+)
 
-MODULES = (bad_steps, checkpoints, cluster, disks, lives, resizes, stores, tracking, writers)
-ROWS = {
-    row.name: row
-    for row in sorted((row for m in MODULES for row in m.ROWS), key=lambda row: int(row.name[1:]))
-}
+MODULES = (bad_steps, checkpoints, cluster, disks, hangs, lives, mixed, resizes, stores, tracking, writers)
+IN_ORDER = sorted((row for module in MODULES for row in module.ROWS), key=lambda row: int(row.name[1:]))
+ROWS = {row.name: row for row in IN_ORDER}

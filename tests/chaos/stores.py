@@ -20,6 +20,7 @@ from workers.storage import ensure_bucket, open_store, s3_client
 from workers.training.commits import CommitLog
 
 BUCKET = "s3://chaos"
+PATIENCE = 900.0
 ALL = ("GET", "HEAD", "PUT", "POST", "DELETE")
 OUTAGES, SHORT_OUTAGES = (60.0, 300.0), (12.0,)
 """Seconds. 12 are more than what botocore's own attempts wait for."""
@@ -86,7 +87,7 @@ def trained(config: RunConfig, url: str, proxy: FaultProxy, what: str, undisturb
     environment = ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": proxy.url}
     try:
         with Ranks(2, train_at, environment, config, url) as ranks:
-            ranks.results()
+            ranks.results(PATIENCE)
     except (VitscaleError, AssertionError) as error:
         return f"{what}: the run fails: {error}"
     return "" if same_run(url, undisturbed) else f"{what}: another result"

@@ -1,5 +1,6 @@
 """R13: an outage of MLflow costs no step and no point."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -109,7 +110,8 @@ def backlog(lab: Lab, mlflow: Mlflow, number: int) -> str:
 def driver(spec: JobSpec) -> "subprocess.Popen[bytes]":
     """What a driver does beside training, in a process of its own: tells MLflow until the run is complete."""
     command = [sys.executable, "-m", "tests.chaos.tracking"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    quiet = os.environ | {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=quiet)
     assert process.stdin is not None
     process.stdin.write(spec.to_bytes())
     process.stdin.close()
