@@ -138,7 +138,7 @@ def other_values(
 
 
 ROWS = [
-    Row("R2", "a torn or rotten checkpoint is never loaded, the one before it is", torn_and_rotten, short=58),
+    Row("R2", "a torn or rotten checkpoint is never loaded, the one before it is", torn_and_rotten, short=29),
     Row(
         "R19",
         "a checkpoint of an older release is what it was, on any number of ranks",

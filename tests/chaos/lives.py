@@ -153,7 +153,7 @@ ROWS = [
         "R5",
         "the whole cluster is lost and another comes: the run ends as if nothing had been",
         lives({"the cluster is lost": kill_cluster}),
-        short=1,
+        short=0,
         services=True,
     ),
 ]

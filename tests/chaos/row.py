@@ -55,7 +55,7 @@ class Row:
     trials: Callable[[Lab], Iterator[str]]
     """Endless; each is what was violated, or nothing."""
     short: int
-    """Trials of the shortened set."""
+    """Trials of the shortened set; 0: a row for soaks alone."""
     services: bool = False
     """It starts Ray or MLflow."""
 

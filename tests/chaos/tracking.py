@@ -44,8 +44,10 @@ class Mlflow:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
         command += ["--port", str(self._port), "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
         command += ["--artifacts-destination", self._folder.as_uri(), "--serve-artifacts"]
+        # Its job runners, which nobody needs here, are eight more processes.
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, start_new_session=True, **quiet)
+        self._process = subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -66,8 +68,8 @@ class Mlflow:
 
 def backlogs(lab: Lab) -> Iterator[str]:
     mlflow = Mlflow(lab.new_folder("mlflow"))
-    mlflow.start()
     try:
+        mlflow.start()
         number = 0
         while True:
             number += 1
@@ -174,7 +176,7 @@ ROWS = [
         "R13",
         "MLflow dead, drivers killed with a backlog: no point lost or told twice",
         backlogs,
-        short=2,
+        short=1,
         services=True,
     )
 ]
