@@ -1,7 +1,6 @@
 """Train a configuration on the cluster and register the result; done work is found and not done again."""
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
 from orchestrator.tracking import Tracking
+from pipelines.interrupts import Interrupts
 from pipelines.progress import JobProgress
 from pipelines.recipes import RECIPES, read_facts
 from workers.config import RunConfig, make_config
@@ -86,13 +86,14 @@ def run_job(site: Site, spec: JobSpec, label: str, console: Console) -> None:
 
     Drivers and clusters that are lost meanwhile are replaced, as `vitscale supervise` does.
     """
-    supervisor = submit(site, spec)
     try:
-        with JobProgress(spec, label, console) as progress:
-            while not supervisor.step():
-                progress.tick(supervisor.job, supervisor.note)
-                time.sleep(POLL_SECONDS)
-            progress.tick(supervisor.job, "")
+        with Interrupts() as interrupts:
+            supervisor = submit(site, spec)
+            with JobProgress(spec, label, console) as progress:
+                while not supervisor.step():
+                    progress.tick(supervisor.job, supervisor.note)
+                    interrupts.wait(POLL_SECONDS)
+                progress.tick(supervisor.job, "")
     except KeyboardInterrupt:
         console.print(f"  stopping {label}; the same command goes on from its last commit")
         wish(open_store(spec.runs), spec.digest, running=False)
