@@ -140,7 +140,7 @@ def test_a_rank_that_leaves_out_a_collective_operation(digits_url, store_url):
 
 def train_slower_and_slower(config, run_url):
     """From the fifth step on steps take longer than a hang of the first ones would."""
-    before_steps(lambda step: time.sleep(0.3 if step < 4 else 1.5))
+    before_steps(lambda step: time.sleep(0.4 if step < 4 else 2.5))
     loop.train(config, run_url, CPU)
 
 
