@@ -16,18 +16,20 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._seen = threading.Event()
-        self._before: list[signal._HANDLER] = []
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
         # Only the main thread may; in others nobody is interrupted.
         if threading.current_thread() is threading.main_thread():
-            self._before = [signal.signal(number, self._take) for number in SIGNALS]
+            # What the command was told to ignore, such as Ctrl-C in the background of a shell, stays so.
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._take) for number in heard}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in zip(SIGNALS, self._before, strict=False):
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def wait(self, seconds: float) -> None:
