@@ -1,6 +1,7 @@
 """`vitscale selftest resume`: it finds every promise kept where it is, and broken where it is."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +84,9 @@ def test_another_result_is_found(
 
 
 @pytest.mark.services
+@pytest.mark.skipif(
+    "VITSCALE_LONG_TESTS" not in os.environ, reason="set VITSCALE_LONG_TESTS: it takes minutes"
+)
 @pytest.mark.timeout(600)
 def test_on_a_cluster_the_promises_are_kept_and_nothing_is_left(
     services: Site, digits_url: str, tmp_path: Path

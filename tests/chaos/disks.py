@@ -1,6 +1,7 @@
 """R17: a full disk ends a run with a clear error, and spoils nothing that is committed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from workers.training import loop
 from workers.training.checkpoint import load_full
 from workers.training.commits import CommitLog
 
+ROOT = Path(__file__).parents[2]
 SPACE_LEFT = "no space left"
 MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@"'
 """In a namespace of its own: needs no rights, and is gone with the process."""
@@ -37,7 +39,9 @@ def full_disks(lab: Lab) -> Iterator[str]:
         limit = f"{lab.random.uniform(0.05, 0.95) * size / 1024:.0f}k"
         command = ["unshare", "-rm", "sh", "-c", MOUNT, "sh", limit, str(folder)]
         command += [sys.executable, "-m", "tests.chaos.disks", str(folder), config.model_dump_json()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        # Also where the environment keeps the current folder out of Python's path, as that of jobs does.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         if done.returncode:
             yield f"{limit}: {done.stderr.strip()[-500:]}"
             continue
