@@ -44,42 +44,31 @@ class RunStatus:
     """What Ray says of the job; a hint."""
 
 
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    ray: str
+    lives: bool | None
+    """None if Ray does not answer."""
+    since: float = 0.0
+    """When it began, in seconds since 1970."""
+
+
 def run_status(site: Site, spec: JobSpec, run: str) -> RunStatus:
     """Of one of a specification's runs. A cluster that cannot be reached is no error."""
     config = next(config for config in spec.configs if config.run == run)
-    runs, store = open_store(spec.runs), open_store(run_url(spec.runs, config))
+    store = open_store(run_url(spec.runs, config))
     log = CommitLog(store)
     head, epoch = log.head(), log.newest_epoch()
     events = newest_events(store, epoch) if epoch is not None else []
-    job, ray_says, lives, since = _job(site, spec)
-    failure = read_failure(runs, job) if job and not lives else None
-    note = read_note(runs, job) if job else ""
     heard: float | None = events[-1]["time"] if events else None
-    speaking: State = "running" if heard and time.time() - heard < QUIET_SECONDS else "silent"
-    wished = is_wished(runs, spec.digest)
-    state: State
-    detail = ""
+    job = _find_job(site, spec)
     if head is not None and head.complete:
-        state = "complete"
-        if not is_done(runs, spec.digest):
-            detail = "its job is not done yet: other runs, or what is told to MLflow and the registry"
-    elif lives is None:
-        state, detail = speaking, ray_says
-    elif lives and not wished:
-        state, detail = "stopping", "it commits, then ends"
-    elif lives and (heard is None or heard < since):
-        state, detail = "waiting", note
-    elif lives:
-        state, detail = speaking, note
-    elif failure is not None:
-        state, detail = "failed", str(failure)
-    elif not wished:
-        state, detail = "stopped", "the same command goes on from its last commit"
+        state, detail = _state_of_complete(spec)
+    elif job.lives is False:
+        state, detail = _state_of_ended(spec, job, run)
     else:
-        state, detail = (
-            "lost",
-            f"`vitscale supervise {run}`, or the same command, goes on from its last commit",
-        )
+        state, detail = _state_of_living(spec, job, heard)
     return RunStatus(
         run=run,
         state=state,
@@ -91,21 +80,47 @@ def run_status(site: Site, spec: JobSpec, run: str) -> RunStatus:
         workers=_newest(events, "world_size"),
         heard=heard,
         values=_newest_values(events),
-        job=job,
-        ray=ray_says,
+        job=job.name,
+        ray=job.ray,
     )
 
 
-def _job(site: Site, spec: JobSpec) -> tuple[str, str, bool | None, float]:
-    """The job's name, what Ray says of it, whether it lives (None if Ray says nothing), and since when."""
+def _find_job(site: Site, spec: JobSpec) -> _Job:
     try:
         found = Cluster(site).newest(spec)
     except DataError as error:
-        return "", str(error), None, 0.0
+        return _Job("", str(error), None)
     if found is None:
-        return "", "no job", False, 0.0
-    started = (found[1].start_time or 0) / 1000
-    return found[0], found[1].status.value, found[1].status not in ENDED, started
+        return _Job("", "no job", False)
+    name, details = found
+    return _Job(name, details.status.value, details.status not in ENDED, (details.start_time or 0) / 1000)
+
+
+def _state_of_complete(spec: JobSpec) -> tuple[State, str]:
+    if is_done(open_store(spec.runs), spec.digest):
+        return "complete", ""
+    return "complete", "its job is not done yet: other runs, or what is told to MLflow and the registry"
+
+
+def _state_of_living(spec: JobSpec, job: _Job, heard: float | None) -> tuple[State, str]:
+    """Also of one of which Ray says nothing: then what its workers say counts."""
+    speaking: State = "running" if heard and time.time() - heard < QUIET_SECONDS else "silent"
+    if job.lives is None:
+        return speaking, job.ray
+    store = open_store(spec.runs)
+    if not is_wished(store, spec.digest):
+        return "stopping", "it commits, then ends"
+    # What was heard before it began is of an earlier job.
+    return "waiting" if heard is None or heard < job.since else speaking, read_note(store, job.name)
+
+
+def _state_of_ended(spec: JobSpec, job: _Job, run: str) -> tuple[State, str]:
+    store = open_store(spec.runs)
+    if failure := read_failure(store, job.name) if job.name else None:
+        return "failed", str(failure)
+    if not is_wished(store, spec.digest):
+        return "stopped", "the same command goes on from its last commit"
+    return "lost", f"`vitscale supervise {run}`, or the same command, goes on from its last commit"
 
 
 def _newest(events: list[dict[str, Any]], name: str) -> Any:

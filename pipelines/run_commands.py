@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from pipelines.terminal import AsJson, DataRoot, Overrides, SiteFile, console, errors, open_site
+from pipelines.terminal import (
+    AsJson,
+    Config,
+    DataRoot,
+    Overrides,
+    RegisterAs,
+    SiteFile,
+    console,
+    errors,
+    open_site,
+)
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,12 +29,10 @@ POLL_SECONDS = 1.0
 
 
 def submit(
-    config: Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")],
+    config: Config,
     data: DataRoot = None,
     overrides: Overrides = None,
-    register_as: Annotated[
-        str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
-    ] = None,
+    register_as: RegisterAs = None,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from pipelines.terminal import (
     AsJson,
+    Config,
     DataRoot,
     Overrides,
     SiteFile,
@@ -102,7 +103,7 @@ def _print_selftest(report: "SelftestReport") -> None:
 
 @selftest.command()
 def resume(
-    config: Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")],
+    config: Config,
     data: DataRoot = None,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 16,

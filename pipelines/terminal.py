@@ -32,6 +32,10 @@ DataRoot = Annotated[
         help="URL of a data set as `vitscale ingest` wrote it; or a name below the site's data root.",
     ),
 ]
+Config = Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")]
+RegisterAs = Annotated[
+    str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

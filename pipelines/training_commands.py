@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from pipelines.terminal import AsJson, DataRoot, Overrides, SiteFile, console, open_site, progress_console
+from pipelines.terminal import (
+    AsJson,
+    Config,
+    DataRoot,
+    Overrides,
+    RegisterAs,
+    SiteFile,
+    console,
+    open_site,
+    progress_console,
+)
 from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
@@ -36,12 +46,10 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file or the name of a recipe.")],
+    config: Config,
     data: DataRoot = None,
     overrides: Overrides = None,
-    register_as: Annotated[
-        str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
-    ] = None,
+    register_as: RegisterAs = None,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:

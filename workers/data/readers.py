@@ -9,15 +9,14 @@ import json
 import mmap
 import os
 import subprocess
-import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+from workers.child import start_module
 from workers.data.batches import Arrays, Background, Batch
 from workers.data.mixture import Source, describe
 from workers.data.quarantine import BadSample
@@ -25,8 +24,6 @@ from workers.data.samples import StageTimes
 from workers.data.shares import ShareSettings
 from workers.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parents[2]
-"""Holds the package `workers`."""
 END_SECONDS = 5.0
 COPIED_BATCHES = 2
 """Taken out of the shared memory ahead of the loop, which then launches kernels instead of copying for 10 ms:
@@ -141,15 +138,11 @@ class Readers:
 
 
 def _start(task: dict[str, Any], nth: int, processes: int, file: int) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "workers.data.reader_process"],
-        stdin=subprocess.PIPE,
+    process = start_module(
+        "workers.data.reader_process",
+        environment={"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
-        text=True,
         pass_fds=[file],
-        env=environment,
     )
     assert process.stdin
     slots = [split(range(*own), nth, processes) for own in task["rank_slots"]]

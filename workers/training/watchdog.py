@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from workers import outage
+from workers.child import start_module
 from workers.config import ComputeConfig
-from workers.data.readers import ROOT
 from workers.training.parallel import all_texts
 from workers.training.progress import Progress, create_file
 from workers.training.watchdog_process import OUTAGE, STACKS_SIGNAL, Task, progress_file, stacks_file
@@ -89,16 +88,8 @@ def _share_folder(pids: Mapping[int, int], device: torch.device) -> str:
 
 @contextlib.contextmanager
 def _process(task: Task) -> Iterator[None]:
-    environment = {**os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # A session of its own: whoever kills this process's group must not kill the one that tells why it hung.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "workers.training.watchdog_process"],
-        stdin=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+    process = start_module("workers.training.watchdog_process", start_new_session=True)
     assert process.stdin
     process.stdin.write(task.to_json() + "\n")
     process.stdin.flush()
