@@ -16,7 +16,8 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from orchestrator.capacity import room
-from orchestrator.job import JobSpec, is_complete, read_stop, run_url
+from orchestrator.job import JobSpec, is_complete, run_url
+from orchestrator.job_records import read_stop
 from workers.config import RunConfig
 from workers.errors import DataError
 from workers.ray_entry import train_entry

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from ray.job_submission import JobDetails
 
-from orchestrator.job import JobSpec, clear_reports, write_spec
+from orchestrator.job import JobSpec, write_spec
+from orchestrator.job_records import clear_reports
 from orchestrator.ray_jobs import ENDED, RayJobs, newest_job, next_job
 from orchestrator.site import Site
 from workers.errors import VitscaleError

@@ -18,17 +18,8 @@ from ray.autoscaler.sdk import request_resources
 
 from orchestrator.attempt import Attempt
 from orchestrator.capacity import room
-from orchestrator.job import (
-    JobSpec,
-    is_complete,
-    read_spec,
-    read_stop,
-    run_head,
-    write_done,
-    write_failure,
-    write_note,
-    write_stop,
-)
+from orchestrator.job import JobSpec, is_complete, read_spec, run_head
+from orchestrator.job_records import read_stop, write_done, write_failure, write_note, write_stop
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
 from orchestrator.tracking import JobRuns

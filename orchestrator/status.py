@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.cluster import Cluster
-from orchestrator.job import JobSpec, is_done, is_wished, read_failure, read_note, run_url
+from orchestrator.job import JobSpec, run_url
+from orchestrator.job_records import is_done, is_wished, read_failure, read_note
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
 from workers.errors import DataError

@@ -12,18 +12,8 @@ from collections.abc import Callable, Sequence
 from ray.job_submission import JobDetails
 
 from orchestrator.cluster import Cluster
-from orchestrator.job import (
-    JobSpec,
-    Restarts,
-    find_spec,
-    is_done,
-    is_wished,
-    list_runs,
-    read_failure,
-    read_restarts,
-    run_head,
-    write_restarts,
-)
+from orchestrator.job import JobSpec, find_spec, list_runs, run_head
+from orchestrator.job_records import Restarts, is_done, is_wished, read_failure, read_restarts, write_restarts
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
 from workers.errors import DataError, VitscaleError

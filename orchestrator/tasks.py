@@ -18,7 +18,7 @@ import ray
 from pydantic import ValidationError
 from ray.job_submission import JobStatus
 
-from orchestrator.job import clear_reports, read_failure, write_failure
+from orchestrator.job_records import clear_reports, read_failure, write_failure
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs, next_job
 from orchestrator.site import Site
 from workers.config import Part

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cluster import Cluster
-from orchestrator.job import JobSpec, name_runs, run_head, wish
+from orchestrator.job import JobSpec, name_runs, run_head
+from orchestrator.job_records import wish
 from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor

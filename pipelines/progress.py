@@ -7,7 +7,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from orchestrator.job import JobSpec, read_note, run_url
+from orchestrator.job import JobSpec, run_url
+from orchestrator.job_records import read_note
 from workers.storage import Unavailable, open_store
 from workers.training.metrics import EventReader
 

@@ -138,7 +138,8 @@ def stop(run: Run, site: SiteFile = None, as_json: AsJson = False) -> None:
     """
     where = open_site(site)
     from orchestrator.cluster import Cluster
-    from orchestrator.job import find_spec, wish
+    from orchestrator.job import find_spec
+    from orchestrator.job_records import wish
     from orchestrator.status import run_status
     from workers.storage import open_store
 

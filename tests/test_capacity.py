@@ -9,7 +9,8 @@ from orchestrator import attempt as attempt_module
 from orchestrator import capacity
 from orchestrator.attempt import Attempt
 from orchestrator.capacity import Room, count_slots, room
-from orchestrator.job import JobSpec, run_url, wish
+from orchestrator.job import JobSpec, run_url
+from orchestrator.job_records import wish
 from tests.test_config import changed
 from workers.config import ComputeConfig, WorkerRange, make_config
 from workers.storage import open_store

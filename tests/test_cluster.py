@@ -21,15 +21,8 @@ from ray.job_submission import JobStatus
 from orchestrator import ray_jobs
 from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
-from orchestrator.job import (
-    JobSpec,
-    name_runs,
-    run_url,
-    wish,
-    write_done,
-    write_failure,
-    write_spec,
-)
+from orchestrator.job import JobSpec, name_runs, run_url, write_spec
+from orchestrator.job_records import wish, write_done, write_failure
 from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
 from tests.test_config import VALUES, changed

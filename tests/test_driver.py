@@ -10,7 +10,8 @@ from orchestrator import driver
 from orchestrator.attempt import Attempt
 from orchestrator.capacity import Room
 from orchestrator.driver import RESTARTS, Stopped
-from orchestrator.job import JobSpec, is_complete, read_note, run_url, write_stop
+from orchestrator.job import JobSpec, is_complete, run_url
+from orchestrator.job_records import read_note, write_stop
 from orchestrator.site import Site
 from orchestrator.tracking import JobRuns, Tracking
 from tests.test_config import VALUES, changed

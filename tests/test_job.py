@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.job import (
-    JobSpec,
-    check_name,
-    read_failure,
-    read_spec,
-    run_url,
-    write_failure,
-    write_spec,
-)
+from orchestrator.job import JobSpec, check_name, read_spec, run_url, write_spec
+from orchestrator.job_records import read_failure, write_failure
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError

@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from orchestrator.job import JobSpec, run_url, write_note
+from orchestrator.job import JobSpec, run_url
+from orchestrator.job_records import write_note
 from pipelines import progress as progress_module
 from pipelines.progress import JobProgress
 from tests.test_config import VALUES, changed

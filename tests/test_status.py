@@ -8,7 +8,8 @@ import pytest
 from ray.job_submission import JobStatus
 
 from orchestrator import status as status_module
-from orchestrator.job import run_url, wish, write_done, write_failure, write_note
+from orchestrator.job import run_url
+from orchestrator.job_records import wish, write_done, write_failure, write_note
 from orchestrator.status import run_status
 from tests.test_cluster import CONFIG, SITE, make_spec
 from workers.errors import ConfigError, DataError

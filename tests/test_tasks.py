@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus
 
 from orchestrator import ray_jobs, tasks
 from orchestrator.daemons import _ray_folder
-from orchestrator.job import read_failure, write_failure
+from orchestrator.job_records import read_failure, write_failure
 from orchestrator.site import Site
 from orchestrator.tasks import TaskSpec, main, map_on_cluster
 from pipelines.ingest import ingest

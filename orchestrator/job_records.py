@@ -1,0 +1,140 @@
+"""What is known and wished of a job, beside its specification: small objects in the store of runs.
+
+By a job are meant the specification's digest, for what outlives its drivers (wish, done, restarts), or
+Ray's name of one of them (stop, failure, note).
+"""
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+
+from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
+from workers.storage import AlreadyExists, NotFound, Store, Unavailable
+
+FAMILIES: dict[str, type[VitscaleError]] = {
+    family.__name__: family
+    for family in (ConfigError, Unavailable, DataError, CheckpointError, VitscaleError)
+}
+"""The first that fits says what an error is: one that passes with time, for Unavailable."""
+
+
+def write_failure(store: Store, job: str, error: VitscaleError) -> None:
+    """Why a job ended, for the command that waits for it."""
+    family = next(name for name, kind in FAMILIES.items() if isinstance(error, kind))
+    store.write(_failure_key(job), json.dumps({"family": family, "message": str(error)}).encode())
+
+
+def read_failure(store: Store, job: str) -> VitscaleError | None:
+    try:
+        values = json.loads(store.read(_failure_key(job)))
+    except NotFound:
+        return None
+    return FAMILIES[values["family"]](values["message"])
+
+
+def write_note(store: Store, job: str, text: str) -> None:
+    """What a job waits for, in a line for the command that follows it."""
+    store.write(_note_key(job), text.encode())
+
+
+def read_note(store: Store, job: str) -> str:
+    try:
+        return store.read(_note_key(job)).decode()
+    except NotFound:
+        return ""
+
+
+def clear_reports(store: Store, job: str) -> None:
+    """Ray forgets its jobs when its head is lost, and their names come again."""
+    for key in (_failure_key(job), _note_key(job), _stop_key(job)):
+        store.delete(key)
+
+
+def wish(store: Store, digest: str, *, running: bool) -> None:
+    """What its user wants of a specification's job: that it gets done, or that it stops."""
+    store.write(_wish_key(digest), json.dumps({"running": running}).encode())
+    if running:
+        # A user's command counts anew, and does again what may have been undone since.
+        store.delete(_done_key(digest))
+        store.delete(_restarts_key(digest))
+
+
+def is_wished(store: Store, digest: str) -> bool:
+    """Is this specification to get done? Not if nobody ever asked for that, or somebody stopped it."""
+    try:
+        return bool(json.loads(store.read(_wish_key(digest)))["running"])
+    except NotFound:
+        return False
+
+
+def write_stop(store: Store, job: str, reason: str) -> None:
+    """This job is to commit and end; whether another takes its place is not said."""
+    store.write(_stop_key(job), reason.encode())
+
+
+def read_stop(store: Store, digest: str, job: str) -> str | None:
+    """Why a job is to commit and end; None if it is to go on."""
+    with contextlib.suppress(NotFound):
+        return store.read(_stop_key(job)).decode()
+    with contextlib.suppress(NotFound):
+        if not json.loads(store.read(_wish_key(digest)))["running"]:
+            return "stopped by its user"
+    return None
+
+
+def write_done(store: Store, digest: str) -> None:
+    """All runs are complete, told to MLflow, and registered."""
+    with contextlib.suppress(AlreadyExists):
+        store.create(_done_key(digest), b"")
+
+
+def is_done(store: Store, digest: str) -> bool:
+    try:
+        store.head(_done_key(digest))
+    except NotFound:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Of a specification's driver, without a new commit; they outlive whoever counts them."""
+
+    count: int
+    images_seen: int
+    """By all its runs, as of their commits."""
+
+
+def read_restarts(store: Store, digest: str) -> Restarts | None:
+    try:
+        return Restarts(**json.loads(store.read(_restarts_key(digest))))
+    except NotFound:
+        return None
+
+
+def write_restarts(store: Store, digest: str, restarts: Restarts) -> None:
+    store.write(_restarts_key(digest), json.dumps(asdict(restarts)).encode())
+
+
+def _wish_key(digest: str) -> str:
+    return f"jobs/{digest}.wish.json"
+
+
+def _restarts_key(digest: str) -> str:
+    return f"jobs/{digest}.restarts.json"
+
+
+def _done_key(digest: str) -> str:
+    return f"jobs/{digest}.done"
+
+
+def _stop_key(job: str) -> str:
+    return f"jobs/{job}.stop.txt"
+
+
+def _failure_key(job: str) -> str:
+    return f"jobs/{job}.failure.json"
+
+
+def _note_key(job: str) -> str:
+    return f"jobs/{job}.note.txt"
