@@ -77,7 +77,8 @@ class Attempt:
         while not self._ended.wait(LOOK_SECONDS):
             try:
                 self._look()
-            except (DataError, ray.exceptions.RayError) as error:
+            except (DataError, RuntimeError, ray.exceptions.RayError) as error:
+                # RuntimeError: of Ray's own client, when its head does not answer.
                 log.warning("cannot look after the cluster: %s", error)
 
     def _look(self) -> None:
