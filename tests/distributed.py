@@ -71,12 +71,17 @@ class Ranks:
 
     def pause(self) -> None:
         """SIGSTOP to all."""
-        for process in self._processes:
-            os.kill(process.pid or 0, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
 
     def unpause(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all that still live: a timer may outlast the test that set it."""
         for process in self._processes:
-            os.kill(process.pid or 0, signal.SIGCONT)
+            if process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def alive(self) -> bool:
         """No rank has ended."""
