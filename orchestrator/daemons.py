@@ -1,10 +1,12 @@
 """What the object store, MLflow and Ray of one machine are: commands, environment, ports and health."""
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import sqlite3
 import stat
 import sys
 from collections.abc import Callable, Mapping
@@ -174,9 +176,28 @@ def _mlflow(directory: Path, site: Site, ports: dict[str, int]) -> Daemon:
         ports=ports,
         commands=[command],
         environment=site.environment() | environment,
-        prepare=lambda: folder.mkdir(mode=0o700, exist_ok=True),
+        prepare=lambda: _prepare_mlflow(folder),
         complete=_nothing,
     )
+
+
+def _prepare_mlflow(folder: Path) -> None:
+    """A database whose first start was killed while MLflow made its tables is refused by every later start;
+    it has no experiment yet, and goes."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    database = folder / "mlflow.db"
+    if database.exists() and not _has_experiments(database):
+        for path in folder.glob(f"{database.name}*"):
+            path.unlink()
+
+
+def _has_experiments(database: Path) -> bool:
+    """Of a whole database: MLflow adds its `Default` once all tables are there."""
+    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        try:
+            return connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone() is not None
+        except sqlite3.DatabaseError as error:
+            return "no such table" not in str(error)
 
 
 def _ray(directory: Path, site: Site, ports: dict[str, int], num_cpus: int | None) -> Daemon:

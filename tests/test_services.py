@@ -1,9 +1,11 @@
 """The local services: the life of their processes with small ones, then once the real three."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import psutil
 import pytest
 
 from orchestrator import services, swift
-from orchestrator.daemons import Daemon, _ray_folder, answers, make_daemons, make_site
+from orchestrator.daemons import Daemon, _prepare_mlflow, _ray_folder, answers, make_daemons, make_site
 from orchestrator.processes import (
     HOST,
     MARK,
@@ -417,3 +419,35 @@ def check_repair(directory: Path) -> None:
     }
     assert State.load(directory).services["mlflow"].ports == service.ports
     assert all(state.healthy for state in status(directory))
+
+
+@pytest.mark.parametrize("statements", [[], ["CREATE TABLE jobs (id)"], ["CREATE TABLE experiments (id)"]])
+def test_a_database_that_mlflow_did_not_finish_is_made_again(tmp_path, statements):
+    database = make_database(tmp_path, statements)
+    _prepare_mlflow(tmp_path)
+    assert not database.exists()
+
+
+def test_a_database_with_an_experiment_is_kept(tmp_path):
+    database = make_database(
+        tmp_path, ["CREATE TABLE experiments (id)", "INSERT INTO experiments VALUES (0)"]
+    )
+    before = database.read_bytes()
+    _prepare_mlflow(tmp_path)
+    assert database.read_bytes() == before
+
+
+def test_a_database_that_is_none_is_left_to_mlflow_to_refuse(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"no database " * 100)
+    _prepare_mlflow(tmp_path)
+    assert (tmp_path / "mlflow.db").exists()
+
+
+def make_database(folder, statements):
+    path = folder / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+    path.touch()
+    return path

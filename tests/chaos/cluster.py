@@ -1,12 +1,14 @@
 """R1: workers of a real Ray cluster are killed at random, and the run is what it would have been."""
 
+import json
 import random
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 import yaml
@@ -64,6 +66,19 @@ class LocalCluster:
         command = [*VITSCALE, *arguments, "--site", str(self.folder / "site.yaml")]
         output = subprocess.DEVNULL if log is None else log.open("wb")
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    @property
+    def ray_ports(self) -> dict[str, int]:
+        return State.load(self.folder).services["ray"].ports
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """What Ray says of its own, those that are gone too."""
+        assert self.site.ray_token_file is not None
+        headers = {"Authorization": f"Bearer {self.site.ray_token_file.read_text()}"}
+        request = urllib.request.Request(f"{self.site.ray}/api/v0/nodes?detail=true", headers=headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        return found
 
     def processes(self, word: str) -> list[psutil.Process]:
         """Of this cluster's Ray, those whose command line has the word."""

@@ -84,8 +84,8 @@ def done_twice(url: str, planned: set[int]) -> str:
 
 def differences(expected: dict[int, set[str]], url: str) -> str:
     found = read_batches(open_store(url))
-    wrong = [step for step in range(STEPS) if found.get(step) != expected[step]]
-    return f"{len(wrong)} of {STEPS} steps are of other samples, such as {wrong[0]}" if wrong else ""
+    wrong = [step for step, digests in expected.items() if found.get(step) != digests]
+    return f"{len(wrong)} of {len(expected)} steps are of other samples, such as {wrong[0]}" if wrong else ""
 
 
 ROWS = [

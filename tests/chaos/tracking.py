@@ -127,7 +127,7 @@ def tell(spec: JobSpec) -> None:
     with runs:
         while (head := log.head()) is None or not head.complete:
             time.sleep(0.2)
-    runs.end("FINISHED", patience=PATIENCE)
+    runs.end("FINISHED", patience=OUTAGE + PATIENCE)
 
 
 def await_commit(url: str, seq: int, ranks: Ranks) -> None:

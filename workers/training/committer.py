@@ -11,8 +11,10 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -152,16 +154,26 @@ class Committer:
         self.parent, self.parent_digest = commit.seq, commit.digest
 
     def _write_part(self, checkpoint: _Checkpoint, spool: Spool) -> None:
-        """Rows leave memory, then the disk, one kind after the other."""
+        """Rows leave memory for the disk, one kind after the other, while the kind before leaves that for the
+        store."""
         rows, place = checkpoint.snapshot.rows, self._place
         objects = {}
-        for kind in list(rows):
-            name = object_name(kind, place.index, place.count)
-            file = spool.save(name, rows.pop(kind))
-            self._patiently(partial(self._store.upload, f"{checkpoint.directory}/{name}", file.path))
-            file.path.unlink()
-            objects[name] = {"size": file.size, "sha256": file.sha256}
+        with ThreadPoolExecutor(1, "uploads") as uploads:
+            upload: Future[None] | None = None
+            for kind in list(rows):
+                name = object_name(kind, place.index, place.count)
+                file = spool.save(name, rows.pop(kind))
+                if upload:
+                    upload.result()
+                upload = uploads.submit(self._upload, f"{checkpoint.directory}/{name}", file.path)
+                objects[name] = {"size": file.size, "sha256": file.sha256}
+            if upload:
+                upload.result()
         self._create(checkpoint.part(place.index), json.dumps({"objects": objects}).encode())
+
+    def _upload(self, key: str, path: Path) -> None:
+        self._patiently(partial(self._store.upload, key, path))
+        path.unlink()
 
     def _write_manifest(self, checkpoint: _Checkpoint) -> Manifest:
         """Once all parts are there."""
