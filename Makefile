@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-quality down clean
+.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-quality down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ bench-data: $(READY) $(PEERS_READY)  ## the data plane against its peers; needs 
 
 bench-train: $(READY)  ## a training step on the CPU against timm's and Hugging Face's
 	$(BIN)/python -m tests.benchmarks.train $(ARGS)
+
+bench-commit: $(READY)  ## how long a commit holds training up, and how fast it gets to the store; needs Ceph, too
+	$(BIN)/python -m tests.benchmarks.commit $(ARGS)
 
 bench-quality: $(READY)  ## what models learn: resolutions of fine-tuning, ViT from scratch; a GPU, or many hours
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
