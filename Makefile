@@ -45,7 +45,7 @@ chaos: $(READY)  ## kill, stop and starve runs in all ways; a table of promises,
 	$(BIN)/python -m tests.chaos $(ARGS)
 
 soak: $(READY)  ## one row of it for long: make soak ROW=R1 MINUTES=120; adds a line to RESULTS.md
-	$(BIN)/python -m tests.chaos --soak $(ROW) --minutes $(or $(MINUTES),120)
+	$(BIN)/python -m tests.chaos --soak $(ROW) --minutes $(or $(MINUTES),120) $(ARGS)
 
 bench-data: $(READY) $(PEERS_READY)  ## the data plane against its peers; needs Ceph: tests/benchmarks/README.md
 	$(BIN)/python -m tests.benchmarks.data $(ARGS)

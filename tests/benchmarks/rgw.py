@@ -27,7 +27,7 @@ from pathlib import Path
 PACKAGES = "radosgw ceph-mon ceph-osd ceph-common"
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "ceph", "ceph-authtool", "monmaptool")
 START_SECONDS = 120
-OSD_BYTES = 8 << 30
+OSD_BYTES = 16 << 30
 """Of the sparse file that holds the objects."""
 
 

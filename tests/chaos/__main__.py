@@ -43,13 +43,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
     parser.add_argument("--soak", choices=ROWS, help="one row for long; appends a line to RESULTS.md")
     parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--trials", type=int, default=1 << 30, help="end after so many, if that is sooner")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of all that is left to chance")
     given = parser.parse_args(arguments)
     # As Ctrl-C: what was started is ended, what was seen is written down.
     signal.signal(signal.SIGTERM, _interrupt)
     print(f"seed {given.seed}; what the processes say is in {_keep_apart()}", flush=True)
     if given.soak:
-        return soak(ROWS[given.soak], given.seed, given.minutes)
+        return soak(ROWS[given.soak], given.seed, given.minutes, given.trials)
     unknown = [name for name in given.rows if name not in ROWS]
     if unknown:
         parser.error(f"no row {unknown[0]}; rows: {', '.join(ROWS)}")
@@ -75,7 +76,7 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join([*lines, f"| all | | {trials} | {violations} | {total:.0f} |"])
 
 
-def soak(row: Row, seed: int, minutes: float) -> int:
+def soak(row: Row, seed: int, minutes: float, trials: int) -> int:
     journal = JOURNALS / f"{row.name}.jsonl"
     journal.parent.mkdir(parents=True, exist_ok=True)
     seen = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
@@ -99,7 +100,7 @@ def soak(row: Row, seed: int, minutes: float) -> int:
                 row,
                 seed=seed + len(seen),
                 short=False,
-                enough=lambda _: time.monotonic() - started > 60 * minutes,
+                enough=lambda _: len(seen) >= trials or time.monotonic() - started > 60 * minutes,
                 told=told,
             )
             recoveries = outcome.recoveries

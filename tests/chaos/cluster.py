@@ -18,6 +18,7 @@ from orchestrator.job import run_url
 from orchestrator.processes import State, family, free_port
 from tests.chaos.checkpoints import same_run
 from tests.chaos.row import Lab, Row
+from tests.chaos.s3 import as_client, real_store
 from tests.runs import BATCH, tiny_config, train_on
 from workers.config import RunConfig
 from workers.storage import open_store
@@ -33,8 +34,8 @@ SHORT_STEPS, SHORT_KILLS = 100, 1
 class LocalCluster:
     """Services as `vitscale up` starts them, for a `with` block."""
 
-    def __init__(self, folder: Path, num_cpus: int = 4) -> None:
-        self.folder, self._num_cpus = folder, num_cpus
+    def __init__(self, folder: Path, num_cpus: int = 4, object_store: str = "file") -> None:
+        self.folder, self._num_cpus, self._object_store = folder, num_cpus, object_store
         # Not the usual ones, which somebody else may be about to take.
         self._mlflow_port = free_port(set())
         self._ray_port = free_port({self._mlflow_port})
@@ -54,7 +55,7 @@ class LocalCluster:
     def up(self) -> None:
         self.site = services.up(
             self.folder,
-            object_store="file",
+            object_store=self._object_store,
             mlflow_port=self._mlflow_port,
             ray_port=self._ray_port,
             num_cpus=self._num_cpus,
@@ -100,7 +101,11 @@ def write_config(folder: Path, config: RunConfig) -> Path:
 
 
 def kills_of_workers(lab: Lab) -> Iterator[str]:
-    with LocalCluster(lab.new_folder("site")) as cluster:
+    with (
+        real_store() as environment,
+        as_client(environment),
+        LocalCluster(lab.new_folder("site"), object_store=environment["AWS_ENDPOINT_URL_S3"]) as cluster,
+    ):
         number, steps = 0, SHORT_STEPS if lab.short else STEPS
         while True:
             number += 1

@@ -7,11 +7,10 @@ from contextlib import ExitStack
 
 from tests.chaos.checkpoints import same_run
 from tests.chaos.row import Lab, Row
-from tests.chaos.stores import BUCKET, proxied_store, train_at
+from tests.chaos.stores import BUCKET, ProxiedStore, proxied_store, train_at
 from tests.distributed import Ranks
-from tests.fault_proxy import Chances, FaultProxy
+from tests.fault_proxy import Chances
 from tests.runs import BATCH, tiny_config, train_on
-from tests.s3_server import ENVIRONMENT
 from workers.config import RunConfig
 from workers.storage import open_store
 from workers.training.commits import CommitLog
@@ -33,21 +32,20 @@ def soak(lab: Lab) -> Iterator[str]:
     undisturbed = lab.new_url("undisturbed")
     train_on(2, config, undisturbed)
     with ExitStack() as stack:
-        proxy = stack.enter_context(proxied_store())
-        proxy.chances = Chances(seed=0, busy=3, reset=2, lose=2, methods=("GET", "HEAD", "PUT", "POST"))
+        store = stack.enter_context(proxied_store())
+        store.proxy.chances = Chances(seed=0, busy=3, reset=2, lose=2, methods=("GET", "HEAD", "PUT", "POST"))
         number = 0
         while True:
             number += 1
-            yield from one_run(lab, config, f"{BUCKET}/{number}", proxy, undisturbed)
+            yield from one_run(lab, config, f"{BUCKET}/{number}", store, undisturbed)
 
 
-def one_run(lab: Lab, config: RunConfig, url: str, proxy: FaultProxy, undisturbed: str) -> Iterator[str]:
+def one_run(lab: Lab, config: RunConfig, url: str, store: ProxiedStore, undisturbed: str) -> Iterator[str]:
     """Each fault is a trial; the last one says what became of the run."""
     log = CommitLog(open_store(url))
-    environment = ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": proxy.url}
     with ExitStack() as zombies:
         while (head := log.head()) is None or not head.complete:
-            group = zombies.enter_context(Ranks(2, train_at, environment, config, url))
+            group = zombies.enter_context(Ranks(2, train_at, store.environment, config, url))
             target = (head.seq if head else -1) + lab.random.randint(1, 4)
             while group.alive() and ((now := log.head()) is None or now.seq < target):
                 time.sleep(0.02)
@@ -62,7 +60,7 @@ def one_run(lab: Lab, config: RunConfig, url: str, proxy: FaultProxy, undisturbe
                 request_stop(open_store(url), log.newest_epoch() or 0, "a request")
                 group.results()
             elif fault == "outage":
-                with proxy.outage():
+                with store.proxy.outage():
                     time.sleep(lab.random.uniform(1, 15))
                 group.results()
             else:

@@ -5,15 +5,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-
-import pytest
+from typing import NamedTuple
 
 from tests.chaos.checkpoints import same_run
 from tests.chaos.row import Lab, Row
+from tests.chaos.s3 import as_client, real_store
 from tests.distributed import Ranks
 from tests.fault_proxy import Chances, FaultProxy
 from tests.runs import BATCH, tiny_config, train_on, train_rank
-from tests.s3_server import ENVIRONMENT, s3_server
 from workers.config import RunConfig
 from workers.errors import VitscaleError
 from workers.storage import ensure_bucket, open_store, s3_client
@@ -35,35 +34,41 @@ def outages(lab: Lab) -> Iterator[str]:
     config = tiny_config(lab.data, f"train.checkpoint_every_images={2 * BATCH}", steps=20)
     undisturbed = lab.new_url("undisturbed")
     train_on(2, config, undisturbed)
-    with proxied_store() as proxy:
+    with proxied_store() as store:
         number = 0
         while True:
             for seconds in SHORT_OUTAGES if lab.short else OUTAGES:
                 number += 1
-                yield outage(lab, config, f"{BUCKET}/{number}", proxy, seconds, undisturbed)
+                yield outage(lab, config, f"{BUCKET}/{number}", store, seconds, undisturbed)
             for what, chances in TROUBLE.items():
                 number += 1
-                proxy.chances = chances
-                yield trained(config, f"{BUCKET}/{number}", proxy, what, undisturbed)
-                proxy.chances = None
+                store.proxy.chances = chances
+                yield trained(config, f"{BUCKET}/{number}", store, what, undisturbed)
+                store.proxy.chances = None
+
+
+class ProxiedStore(NamedTuple):
+    """A server that this process itself talks to without the proxy, to see what came of a run."""
+
+    proxy: FaultProxy
+    environment: Mapping[str, str]
+    """Of ranks, which know no other way to it."""
 
 
 @contextmanager
-def proxied_store() -> Iterator[FaultProxy]:
-    """In front of a server that this process itself talks to without it: to see what came of a run."""
+def proxied_store() -> Iterator[ProxiedStore]:
     with ExitStack() as stack:
-        server = stack.enter_context(s3_server())
-        proxy = stack.enter_context(FaultProxy(server))
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": server}).items():
-            patch.setenv(name, value)
-        s3_client.cache_clear()
-        stack.callback(s3_client.cache_clear)
+        environment = stack.enter_context(real_store())
+        proxy = stack.enter_context(FaultProxy(environment["AWS_ENDPOINT_URL_S3"]))
+        stack.enter_context(as_client(environment))
         ensure_bucket(BUCKET)
-        yield proxy
+        through = {"AWS_ENDPOINT_URL": proxy.url, "AWS_ENDPOINT_URL_S3": proxy.url}
+        yield ProxiedStore(proxy, environment | through)
 
 
-def outage(lab: Lab, config: RunConfig, url: str, proxy: FaultProxy, seconds: float, undisturbed: str) -> str:
+def outage(
+    lab: Lab, config: RunConfig, url: str, store: ProxiedStore, seconds: float, undisturbed: str
+) -> str:
     """At some moment of the run the store is away."""
     seq, over = lab.random.randint(0, 5), threading.Event()
 
@@ -71,22 +76,21 @@ def outage(lab: Lab, config: RunConfig, url: str, proxy: FaultProxy, seconds: fl
         log = CommitLog(open_store(url))
         while not over.is_set() and ((head := log.head()) is None or head.seq < seq):
             time.sleep(0.02)
-        with proxy.outage():
+        with store.proxy.outage():
             time.sleep(seconds)
 
     thread = threading.Thread(target=go_away)
     thread.start()
     try:
-        return trained(config, url, proxy, f"the store is away for {seconds:.0f} s", undisturbed)
+        return trained(config, url, store, f"the store is away for {seconds:.0f} s", undisturbed)
     finally:
         over.set()
         thread.join()
 
 
-def trained(config: RunConfig, url: str, proxy: FaultProxy, what: str, undisturbed: str) -> str:
-    environment = ENVIRONMENT | {"AWS_ENDPOINT_URL_S3": proxy.url}
+def trained(config: RunConfig, url: str, store: ProxiedStore, what: str, undisturbed: str) -> str:
     try:
-        with Ranks(2, train_at, environment, config, url) as ranks:
+        with Ranks(2, train_at, store.environment, config, url) as ranks:
             ranks.results(PATIENCE)
     except (VitscaleError, AssertionError) as error:
         return f"{what}: the run fails: {error}"
