@@ -225,6 +225,15 @@ def test_steps_take_ten_times_what_they_took(bench):
     assert bench.first_late(10) is not None
 
 
+def test_the_second_step_takes_twice_what_the_first_took(bench):
+    bench.progress.step(0)
+    bench.measured += 50.0
+    bench.progress.compiled = True
+    bench.progress.step(1)
+    assert bench.first_late(99) is None
+    assert bench.first_late(10) is not None
+
+
 def test_a_machine_that_was_paused_did_not_hang(bench):
     bench.progress.compiled = True
     bench.progress.step(1)

@@ -21,8 +21,8 @@ PHASES: tuple[Phase, ...] = (
 a batch, `evaluate_batch`: between two batches of an evaluation, `evaluate`: its first batch and what follows
 its last, `end`: nothing more is expected of this rank."""
 
-LAYOUT = struct.Struct("=QQQQd")
-"""Phase, step, changes so far, steps that were measured, their seconds."""
+LAYOUT = struct.Struct("=QQQQdd")
+"""Phase, step, changes so far, steps that were measured, their seconds, those of the first step."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Standing:
     changes: int
     """Another number each time that the rank gets anywhere."""
     step_seconds: float
-    """Mean of its steps, waits for data included; 0 before the second one."""
+    """Mean of its steps but the first, waits for data included; 0 as long as there is none."""
+    first_seconds: float
+    """Of the first step, what was compiled in it included; 0 before its end."""
 
 
 class Progress:
@@ -49,7 +51,8 @@ class Progress:
                 self._memory = mmap.mmap(file.fileno(), LAYOUT.size)
         self._phase: Phase = "start"
         self._step = self._changes = self._steps = 0
-        self._seconds = 0.0
+        self._seconds = self._first_seconds = 0.0
+        self._first_since: float | None = None
         self._since: float | None = None
         """When the step began, unless it may compile or has a longer phase in it."""
         self.compiled = False
@@ -62,6 +65,10 @@ class Progress:
         if self._since is not None:
             self._steps += 1
             self._seconds += now - self._since
+        if not self.compiled:
+            self._first_since = now
+        elif self._first_since is not None:
+            self._first_seconds, self._first_since = now - self._first_since, None
         self._step = step
         self._since = now if self.compiled else None
         self._set("step" if self.compiled else "compile")
@@ -87,9 +94,8 @@ class Progress:
     def _set(self, phase: Phase) -> None:
         self._phase = phase
         self._changes += 1
-        LAYOUT.pack_into(
-            self._memory, 0, PHASES.index(phase), self._step, self._changes, self._steps, self._seconds
-        )
+        told = (self._step, self._changes, self._steps, self._seconds, self._first_seconds)
+        LAYOUT.pack_into(self._memory, 0, PHASES.index(phase), *told)
 
 
 def create_file(path: Path) -> None:
@@ -98,5 +104,5 @@ def create_file(path: Path) -> None:
 
 
 def read_standing(path: Path) -> Standing:
-    phase, step, changes, steps, seconds = LAYOUT.unpack(path.read_bytes())
-    return Standing(PHASES[phase], step, changes, seconds / steps if steps else 0.0)
+    phase, step, changes, steps, seconds, first = LAYOUT.unpack(path.read_bytes())
+    return Standing(PHASES[phase], step, changes, seconds / steps if steps else 0.0, first)

@@ -32,6 +32,8 @@ OUTAGE_SECONDS = 45.0
 10 s at most."""
 SLOWER = 10
 """Times the mean of the steps before: no step takes that long."""
+SECOND_SLOWER = 2
+"""Times the first one, in which all was compiled: nor does the second."""
 STACKS_SECONDS = 3.0
 """For ranks to write their stacks, milliseconds in general."""
 UPLOAD_SECONDS = 10.0
@@ -194,8 +196,8 @@ class Watch:
         return self._clock - seen.since >= self._limit(seen.standing)
 
     def _limit(self, standing: Standing) -> float:
-        limit = self._task.deadlines[standing.phase]
-        return max(limit, SLOWER * standing.step_seconds)
+        slow = SLOWER * standing.step_seconds or SECOND_SLOWER * standing.first_seconds
+        return max(self._task.deadlines[standing.phase], slow)
 
     def _record(self, seen: Seen) -> RankAtHang:
         return RankAtHang(
