@@ -16,6 +16,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from tests.chaos.row import Outcome, Row, run_row
 from tests.chaos.rows import ROWS, SHORTENED
@@ -83,39 +84,38 @@ def soak(row: Row, seed: int, minutes: float, trials: int) -> int:
     if seen:
         print(f"{len(seen)} trials of a soak that did not come to its end count in")
     started = last = time.monotonic()
+    recoveries = 0
     with journal.open("a") as file:
 
-        def told(violation: str) -> None:
-            nonlocal last
+        def told(violation: str, outcome: Outcome) -> None:
+            nonlocal last, recoveries
             now = time.monotonic()
-            seen.append({"violation": violation, "seconds": now - last})
-            last = now
+            recovered = outcome.recoveries[recoveries:]
+            seen.append({"violation": violation, "seconds": now - last, "recoveries": recovered})
+            last, recoveries = now, len(outcome.recoveries)
             file.write(json.dumps(seen[-1]) + "\n")
             file.flush()
-            _tell(violation)
+            _tell(violation, outcome)
 
-        recoveries: list[float] = []
         try:
-            outcome = run_row(
+            run_row(
                 row,
                 seed=seed + len(seen),
                 short=False,
                 enough=lambda _: len(seen) >= trials or time.monotonic() - started > 60 * minutes,
                 told=told,
             )
-            recoveries = outcome.recoveries
         except KeyboardInterrupt:
             print("\ninterrupted; what was seen counts")
-    _append(row, seen, recoveries)
+    _append(row, seen)
     journal.unlink()
     violations = [trial["violation"] for trial in seen if trial["violation"]]
     print(f"{row.name}: {len(seen)} trials, {len(violations)} violations; a line of {RESULTS.name} says so")
     return 1 if violations else 0
 
 
-def _append(row: Row, seen: list[dict[str, float]], recoveries: list[float]) -> None:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+def _append(row: Row, seen: list[dict[str, Any]]) -> None:
+    recoveries = [seconds for trial in seen for seconds in trial.get("recoveries", [])]
     minutes = sum(trial["seconds"] for trial in seen) / 60
     violations = sum(bool(trial["violation"]) for trial in seen)
     recovery = ""
@@ -124,7 +124,7 @@ def _append(row: Row, seen: list[dict[str, float]], recoveries: list[float]) -> 
         middle, late = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
         recovery = f"{middle:.1f} s, {late:.1f} s"
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
-    cells = (row.name, datetime.now(UTC).date(), commit, machine, f"{minutes:.0f}", len(seen), violations)
+    cells = (row.name, datetime.now(UTC).date(), _commit(), machine, f"{minutes:.0f}", len(seen), violations)
     text = RESULTS.read_text()
     if TITLE not in text:
         text = text.rstrip() + "\n" + HEAD
@@ -135,7 +135,16 @@ def _append(row: Row, seen: list[dict[str, float]], recoveries: list[float]) -> 
     RESULTS.write_text(before + title + "\n\n".join(rest).rstrip("\n") + "\n")
 
 
-def _tell(violation: str) -> None:
+def _commit() -> str:
+    """What is tried, but for the file that says what came of it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    but = ["--", ".", f":!{RESULTS.relative_to(ROOT)}"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", *but], check=False).returncode
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def _tell(violation: str, outcome: Outcome) -> None:
     print(f"  VIOLATION: {violation}" if violation else "  .", flush=True)
 
 

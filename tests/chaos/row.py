@@ -78,7 +78,7 @@ def run_row(
     seed: int,
     short: bool,
     enough: Callable[[Outcome], bool],
-    told: Callable[[str], None] = lambda violation: None,
+    told: Callable[[str, Outcome], None] = lambda violation, outcome: None,
 ) -> Outcome:
     """Trials until it is `enough`; `told` hears of each as it ends."""
     outcome, started = Outcome(row), time.monotonic()
@@ -97,7 +97,7 @@ def run_row(
                 outcome.recoveries = lab.seconds
                 if violation:
                     outcome.violations.append(violation)
-                told(violation)
+                told(violation, outcome)
         finally:
             trials.close()
     outcome.took = time.monotonic() - started
