@@ -1,27 +1,26 @@
 """Registered models: a version points to a manifest, with its digest; a logged promotion moves an alias.
 
-The truth about aliases is the create-once log `promotions/<model>/<seq>.json` in the store of runs; MLflow's
-alias follows it. MLflow alone would let the last writer win without a word.
+The truth about aliases is the log of promotions; MLflow's alias follows it.
 """
 
-import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.job import check_name
+from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before
 from orchestrator.tracking import mlflow_errors
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
 from workers.models.sizes import parse_size, size_text
-from workers.storage import AlreadyExists, NotFound, join_url, open_store
+from workers.storage import AlreadyExists, join_url, open_store
 from workers.training.checkpoint import Manifest, open_manifest
 from workers.training.commits import CommitLog
 from workers.training.restore import restore_test
@@ -66,28 +65,11 @@ class Gate:
     minimum: float = 0.0
 
 
-@dataclass(frozen=True)
-class Promotion:
-    seq: int
-    model: str
-    version: int
-    alias: str
-    manifest: str
-    digest: str
-    metric: str
-    value: float
-    minimum: float
-    previous: int | None
-    """The version that held the alias before."""
-    time: float
-    user: str
-
-
 class Registry:
     def __init__(self, client: MlflowClient, runs: str) -> None:
         self._client = client
         self._runs = runs
-        self._store = open_store(runs)
+        self.log = PromotionLog(open_store(runs))
 
     def register(self, model: str, config: RunConfig, run_id: str) -> Version:
         """The version that points to this run's final commit, made if it is not there."""
@@ -128,8 +110,8 @@ class Registry:
         """URLs of all manifests that a version, whatever its tags, or a promotion points to."""
         with mlflow_errors(SERVICE):
             sources = {str(version.source).removeprefix(LOCAL) for version in self._search("")}
-        models = {info.key.split("/")[1] for info in self._store.list("promotions/")}
-        return sources | {promotion.manifest for model in models for promotion in self.promotions(model)}
+        promoted = {promotion.manifest for model in self.log.models() for promotion in self.log.read(model)}
+        return sources | promoted
 
     def resolve(self, reference: str) -> Version:
         """`model@alias` by the promotion log, or `model/version`."""
@@ -145,7 +127,7 @@ class Registry:
             if int(number) not in versions:
                 raise ConfigError(f"{model} has no version {number}; it has {_list(versions)}")
             return versions[int(number)]
-        holders = self.aliases(model)
+        holders = self.log.holders(model)
         if alias not in holders:
             known = ", ".join(sorted(holders)) or "none; promote a version with `vitscale promote`"
             raise ConfigError(f"{model} has no alias {alias!r}; its aliases: {known}")
@@ -158,31 +140,12 @@ class Registry:
             )
         return version
 
-    def aliases(self, model: str) -> dict[str, Promotion]:
-        """Who holds each alias, by the log."""
-        return {promotion.alias: promotion for promotion in self.promotions(model)}
-
-    def promotions(self, model: str) -> Iterator[Promotion]:
-        """The model's log, oldest first."""
-        seq = 0
-        while True:
-            try:
-                data = self._store.read(_promotion_key(model, seq))
-            except NotFound:
-                return
-            try:
-                yield Promotion(**json.loads(data))
-            except (ValueError, TypeError):
-                where = join_url(self._store.url, _promotion_key(model, seq))
-                raise CheckpointError(f"{where} is damaged; restore it from a copy") from None
-            seq += 1
-
     def promote(self, version: Version, alias: str, gate: Gate) -> Promotion:
         """Move the alias through the gate; the gate is asked again whenever another promotion came first."""
         check_alias(alias)
         while True:
-            history = list(self.promotions(version.model))
-            holder = next((p for p in reversed(history) if p.alias == alias), None)
+            history = list(self.log.read(version.model))
+            holder = _holder(history, alias)
             value = _pass_gate(version, gate)
             if holder is not None and holder.digest == version.digest:
                 self._follow(version.model, alias)
@@ -201,13 +164,49 @@ class Registry:
                 time=time.time(),
                 user=os.environ.get("USER", ""),
             )
-            try:
-                record = json.dumps(asdict(promotion), indent=1).encode()
-                self._store.create(_promotion_key(version.model, promotion.seq), record)
-            except AlreadyExists:
-                continue
-            self._follow(version.model, alias)
-            return promotion
+            if self._append(promotion):
+                return promotion
+
+    def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
+        """Move the alias back to the version that held it before, or to another that did; no gate is asked
+        but the restore test. CheckpointError if the alias moves meanwhile."""
+        history = list(self.log.read(model))
+        holder = _holder(history, alias)
+        if holder is None:
+            known = _list(sorted({promotion.alias for promotion in history})) or "none"
+            raise ConfigError(f"{model} has no alias {alias!r}; its aliases: {known}")
+        target = held_before(history, alias) if version is None else version
+        if target is None:
+            raise ConfigError(f"{model}@{alias} is version {holder.version}, and none held it before")
+        earlier = _holder([p for p in history if p.version == target], alias)
+        if earlier is None or target == holder.version:
+            held = _list(sorted({p.version for p in history if p.alias == alias} - {holder.version}))
+            raise ConfigError(f"{model}@{alias} can go back to {held or 'none'}, not to {target}")
+        restore_test(earlier.manifest, earlier.digest)
+        promotion = replace(
+            earlier,
+            seq=len(history),
+            metric="",
+            value=0.0,
+            minimum=0.0,
+            previous=holder.version,
+            time=time.time(),
+            user=os.environ.get("USER", ""),
+            rollback=True,
+            reason=reason,
+        )
+        if not self._append(promotion):
+            raise CheckpointError(f"{model}: somebody else moved an alias at this moment; look again")
+        return promotion
+
+    def _append(self, promotion: Promotion) -> bool:
+        """False if another record came first."""
+        try:
+            self.log.append(promotion)
+        except AlreadyExists:
+            return False
+        self._follow(promotion.model, promotion.alias)
+        return True
 
     def _search(self, query: str) -> list[ModelVersion]:
         page = self._client.search_model_versions(query, max_results=PAGE)
@@ -220,7 +219,7 @@ class Registry:
     def _follow(self, model: str, alias: str) -> None:
         """MLflow's alias becomes what the log says, whoever else promotes at the same time."""
         followed = None
-        while (holder := self.aliases(model)[alias]) != followed:
+        while (holder := self.log.holders(model)[alias]) != followed:
             with mlflow_errors(SERVICE):
                 self._client.set_registered_model_alias(model, alias, str(holder.version))
             followed = holder
@@ -233,11 +232,8 @@ class Registry:
                 raise
 
 
-def check_alias(alias: str) -> None:
-    """What MLflow takes, asked before the log has an entry that MLflow cannot follow."""
-    check_name(alias, "alias")
-    if "." in alias or re.fullmatch(r"(?i)latest|v\d+", alias):
-        raise ConfigError(f"alias name {alias!r}: without '.', and neither 'latest' nor 'v' and a number")
+def _holder(history: Sequence[Promotion], alias: str) -> Promotion | None:
+    return next((promotion for promotion in reversed(history) if promotion.alias == alias), None)
 
 
 def _pass_gate(version: Version, gate: Gate) -> float:
@@ -301,7 +297,3 @@ def _to_source(manifest_url: str) -> str:
 
 def _list(names: Iterable[object]) -> str:
     return ", ".join(map(str, names))
-
-
-def _promotion_key(model: str, seq: int) -> str:
-    return f"promotions/{model}/{seq:08d}.json"

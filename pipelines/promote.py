@@ -1,12 +1,23 @@
-"""Move an alias to a version, through the gate."""
+"""Move an alias to a version, through the gate, or back."""
 
-from orchestrator.registry import Gate, Promotion, Registry
+from orchestrator.promotions import Promotion
+from orchestrator.registry import Gate, Registry
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT
+from workers.errors import ConfigError
 
 
 def promote(site: Site, reference: str, alias: str, gate: Gate) -> Promotion:
     """`reference` is MODEL/VERSION or MODEL@ALIAS; CheckpointError if the gate refuses."""
     registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
     return registry.promote(registry.resolve(reference), alias, gate)
+
+
+def roll_back(site: Site, reference: str, version: int | None, reason: str) -> Promotion:
+    """`reference` is MODEL@ALIAS; None: to the version that held it before."""
+    model, at, alias = reference.partition("@")
+    if not at:
+        raise ConfigError(f"{reference!r}: expected MODEL@ALIAS")
+    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
+    return registry.roll_back(model, alias, version, reason)

@@ -2,17 +2,20 @@
 
 import json
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
+from rich.tree import Tree
 
 from pipelines.terminal import AsJson, SiteFile, console, open_site
 from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
-    pass
+    from pipelines.lineage import Node
 
 
 def models(
@@ -34,7 +37,7 @@ def models(
     holders = {
         (name, promotion.version, alias)
         for name in {version.model for version in versions}
-        for alias, promotion in registry.aliases(name).items()
+        for alias, promotion in registry.log.holders(name).items()
     }
     rows = [
         {**asdict(v), "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version))}
@@ -85,6 +88,81 @@ def promote(
         f"{model}@{to} is version {promotion.version}: {promotion.metric} {promotion.value:.4f}, "
         "restore test passed"
     )
+
+
+def rollback(
+    model: Annotated[str, typer.Argument(help="MODEL@ALIAS.")],
+    to: Annotated[
+        int | None, typer.Option(help="A version that held the alias. Default: the one before.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why; recorded with it.")] = "",
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias back to the version that held it before, after a restore test.
+
+    Example: vitscale rollback vit-digits@champion --reason "worse on scans"
+    """
+    where = open_site(site)
+    from pipelines.promote import roll_back
+
+    moved = roll_back(where, model, to, reason)
+    if as_json:
+        typer.echo(json.dumps(asdict(moved)))
+        return
+    console.print(
+        f"{model} is version {moved.version} again, in place of {moved.previous}; restore test passed"
+    )
+
+
+def lineage(
+    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a version comes from and what came of it: data, parents, children, promotions.
+
+    Example: vitscale lineage vit-digits@champion
+    """
+    where = open_site(site)
+    from orchestrator.registry import Registry
+    from orchestrator.tracking import Tracking
+    from pipelines.lineage import lineage as find_lineage
+    from pipelines.pretrain import EXPERIMENT
+
+    found = find_lineage(Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs), model)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    if found.root.version.parent:
+        console.print(f"of {found.root.version.parent}, which is not registered any more")
+    console.print(_tree(found.root, found.asked.label))
+    for promotion in found.promotions:
+        when = datetime.fromtimestamp(promotion.time).astimezone().isoformat(" ", "seconds")
+        what = "rolled back to" if promotion.rollback else "promoted:"
+        why = f" ({promotion.reason})" if promotion.reason else ""
+        by = f" by {promotion.user}" if promotion.user else ""
+        console.print(
+            escape(f"{when}  {promotion.model}@{promotion.alias} {what} {promotion.version}{by}{why}")
+        )
+
+
+def _tree(node: "Node", asked: str) -> Tree:
+    version = node.version
+    accuracy = version.metrics.get("val_accuracy")
+    cells = [
+        f"[bold]{version.label}[/bold]" if version.label == asked else version.label,
+        f"{size_text(version.image_size)} px",
+        "" if accuracy is None else f"val {accuracy:.1%}",
+        ", ".join(f"@{alias}" for alias in node.aliases),
+        escape(f"data {node.data}  {node.fingerprint[:12]}") if node.data else "imported",
+    ]
+    tree = Tree("  ".join(filter(None, cells)))
+    if node.problem:
+        tree.add(f"[red]{escape(node.problem)}[/red]")
+    for child in node.children:
+        tree.children.append(_tree(child, asked))
+    return tree
 
 
 def import_weights(

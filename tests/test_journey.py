@@ -171,6 +171,18 @@ def test_a_killed_worker_costs_nothing(journey: Path) -> None:
     assert head is not None and head.complete and head.epoch >= 1
 
 
+def test_the_lineage_of_the_champion_is_told(journey: Path) -> None:
+    site = ("--site", str(journey / "site.yaml"))
+    told = json.loads(vitscale("lineage", "vit-digits@champion", "--json", *site).stdout)
+    assert told["tree"]["aliases"] == ["champion"]
+    assert told["tree"]["data"] == "s3://vitscale/digits/train"
+    children = {child["image_size"]: child["parent"] for child in told["tree"]["children"]}
+    assert children == {16: "vit-digits/1", 8: "vit-digits/1"}
+    assert [promotion["version"] for promotion in told["promotions"]] == [1]
+    said = vitscale("lineage", "vit-digits@champion", *site).stdout
+    assert "@champion" in said and "16 px" in said
+
+
 def test_refusals_are_one_line_and_change_nothing(journey: Path) -> None:
     site = ("--site", str(journey / "site.yaml"))
     data = ("--data", "s3://vitscale/digits")
@@ -178,6 +190,7 @@ def test_refusals_are_one_line_and_change_nothing(journey: Path) -> None:
     for arguments, code, said in (
         (("promote", "vit-digits", "1", "--to", "best", "--minimum", "0.999"), 1, "below the gate's 0.999"),
         (("finetune", "vit-digits@best", "--image-size", "16"), 2, "no alias 'best'; its aliases: champion"),
+        (("rollback", "vit-digits@champion"), 2, "is version 1, and none held it before"),
         (
             ("finetune", "vit-digits@champion", "--image-size", "17"),
             2,

@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 from mlflow.exceptions import MlflowException, RestException
 
-from orchestrator.job import run_url
-from orchestrator.registry import DIGEST_TAG, Gate, Promotion, Registry, Version, check_alias, check_name
+from orchestrator.job import check_name, run_url
+from orchestrator.promotions import Promotion, check_alias
+from orchestrator.registry import DIGEST_TAG, Gate, Registry, Version
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError
@@ -265,8 +266,8 @@ def test_promotion_moves_the_alias_in_the_log_and_in_mlflow(
         ("val_images", 395, 100),
     ]
     assert {p.digest for p in made} == {first.digest, second.digest}
-    assert list(registry.promotions("toy")) == made
-    assert registry.aliases("toy") == {"champion": made[3], "candidate": made[2]}
+    assert list(registry.log.read("toy")) == made
+    assert registry.log.holders("toy") == {"champion": made[3], "candidate": made[2]}
     assert mlflow.aliases == {("toy", "champion"): "1", ("toy", "candidate"): "1"}
     assert registry.resolve("toy@champion") == first
     store = open_store(store_url)
@@ -282,7 +283,7 @@ def test_the_same_promotion_again_changes_nothing_but_repairs_mlflow(
     made = registry.promote(version, "champion", Gate())
     mlflow.aliases.clear()
     assert registry.promote(version, "champion", Gate()) == made
-    assert list(registry.promotions("toy")) == [made]
+    assert list(registry.log.read("toy")) == [made]
     assert mlflow.aliases == {("toy", "champion"): "1"}
 
 
@@ -308,7 +309,7 @@ def test_a_gate_refuses(
 
 
 def check_nothing_moved(registry: Registry, mlflow: FakeMlflow) -> None:
-    assert list(registry.promotions("toy")) == []
+    assert list(registry.log.read("toy")) == []
     assert mlflow.aliases == {}
 
 
@@ -376,18 +377,18 @@ def test_whoever_loses_the_race_for_a_record_is_gated_again(
     folder = finish(store_url, run_config())
     version = registry.register("toy", run_config(), "run-id")
     other = registered(registry, store_url, 2)
-    create = registry._store.create
+    create = registry.log._store.create
 
     def late(key: str, data: bytes) -> None:
-        registry._store.create = create
+        registry.log._store.create = create
         Registry(mlflow, store_url).promote(other, "champion", Gate())
         (folder / object_name("model", 0, 1)).unlink()
         create(key, data)
 
-    registry._store.create = late
+    registry.log._store.create = late
     with pytest.raises(CheckpointError, match="no object"):
         registry.promote(version, "champion", Gate())
-    assert [p.version for p in registry.promotions("toy")] == [other.version]
+    assert [p.version for p in registry.log.read("toy")] == [other.version]
     assert mlflow.aliases == {("toy", "champion"): "2"}
 
 
@@ -406,7 +407,7 @@ def test_all_who_promote_at_once_are_in_the_log_and_mlflow_follows_the_last(
         thread.start()
     for thread in threads:
         thread.join()
-    log = list(Registry(mlflow, store_url).promotions("toy"))
+    log = list(Registry(mlflow, store_url).log.read("toy"))
     assert [p.seq for p in log] == [0, 1, 2, 3]
     assert sorted(p.version for p in log) == [1, 2, 3, 4]
     assert [p.previous for p in log] == [None, *(p.version for p in log[:-1])]
@@ -420,7 +421,7 @@ def test_an_alias_that_was_overtaken_follows_the_log(
     first, second = registered(registry, store_url, 1), registered(registry, store_url, 2)
     mlflow.before_alias = lambda: Registry(mlflow, store_url).promote(second, "champion", Gate())
     registry.promote(first, "champion", Gate())
-    assert [p.version for p in registry.promotions("toy")] == [1, 2]
+    assert [p.version for p in registry.log.read("toy")] == [1, 2]
     assert mlflow.aliases == {("toy", "champion"): "2"}
 
 
@@ -468,7 +469,7 @@ def test_a_reference_to_nothing_says_what_there_is(
 def test_an_empty_registry_says_so(registry: Registry) -> None:
     with pytest.raises(ConfigError, match="no registered model 'toy'; known: none"):
         registry.resolve("toy@champion")
-    assert registry.aliases("toy") == {}
+    assert registry.log.holders("toy") == {}
 
 
 def test_an_outage_of_mlflow_is_told_and_mended_by_the_same_command(
@@ -486,8 +487,62 @@ def test_an_outage_of_mlflow_is_told_and_mended_by_the_same_command(
             call()
     mlflow.down = False
     made = registry.promote(version, "champion", Gate())
-    assert list(registry.promotions("toy")) == [made]
+    assert list(registry.log.read("toy")) == [made]
     assert mlflow.aliases == {("toy", "champion"): "1"}
+
+
+def test_a_rollback_is_a_record_and_mlflow_follows(
+    registry: Registry, mlflow: FakeMlflow, store_url: str
+) -> None:
+    for seed in (1, 2, 3):
+        registry.promote(registered(registry, store_url, seed), "champion", Gate())
+    moved = registry.roll_back("toy", "champion", None, "worse on scans")
+    assert (moved.version, moved.previous, moved.rollback, moved.reason) == (2, 3, True, "worse on scans")
+    assert moved == list(registry.log.read("toy"))[-1]
+    assert mlflow.aliases == {("toy", "champion"): "2"}
+    assert registry.resolve("toy@champion").version == 2
+    assert registry.roll_back("toy", "champion", None, "").version == 1  # further back, not to 3 again
+    with pytest.raises(ConfigError, match="toy@champion is version 1, and none held it before"):
+        registry.roll_back("toy", "champion", None, "")
+    assert registry.roll_back("toy", "champion", 3, "").version == 3
+
+
+def test_a_rollback_to_what_cannot_be_is_refused(
+    registry: Registry, mlflow: FakeMlflow, store_url: str
+) -> None:
+    folder = finish(store_url, run_config(1))
+    registry.promote(registry.register("toy", run_config(1), "run-id"), "champion", Gate())
+    registry.promote(registered(registry, store_url, 2), "champion", Gate())
+    registered(registry, store_url, 3)
+    before = list(registry.log.read("toy"))
+    for version in (2, 3, 9):
+        with pytest.raises(ConfigError, match=f"toy@champion can go back to 1, not to {version}"):
+            registry.roll_back("toy", "champion", version, "")
+    with pytest.raises(ConfigError, match="toy has no alias 'candidate'; its aliases: champion"):
+        registry.roll_back("toy", "candidate", None, "")
+    (folder / object_name("model", 0, 1)).unlink()
+    with pytest.raises(CheckpointError, match="no object"):
+        registry.roll_back("toy", "champion", None, "")
+    assert list(registry.log.read("toy")) == before
+
+
+def test_who_loses_the_race_for_a_record_rolls_nothing_back(
+    registry: Registry, mlflow: FakeMlflow, store_url: str
+) -> None:
+    first, second, third = (registered(registry, store_url, seed) for seed in (1, 2, 3))
+    for version in (first, second):
+        registry.promote(version, "champion", Gate())
+    create = registry.log._store.create
+
+    def late(key: str, data: bytes) -> None:
+        registry.log._store.create = create
+        Registry(mlflow, store_url).promote(third, "champion", Gate())
+        create(key, data)
+
+    registry.log._store.create = late
+    with pytest.raises(CheckpointError, match="somebody else moved an alias"):
+        registry.roll_back("toy", "champion", None, "")
+    assert [promotion.version for promotion in registry.log.read("toy")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]"])
@@ -496,7 +551,7 @@ def test_a_damaged_record_is_named(registry: Registry, store_url: str, damage: b
     store: Store = open_store(store_url)
     store.write("promotions/toy/00000000.json", damage)
     with pytest.raises(CheckpointError, match=r"promotions/toy/00000000\.json is damaged"):
-        registry.aliases("toy")
+        registry.log.holders("toy")
 
 
 def test_a_promotion_is_plain_json() -> None:

@@ -6,13 +6,16 @@ python -m tests.chaos --soak R1 --minutes 120   one row for long (`make soak ROW
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -46,6 +49,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--trials", type=int, default=1 << 30, help="end after so many, if that is sooner")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of all that is left to chance")
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     # As Ctrl-C: what was started is ended, what was seen is written down.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -55,9 +59,44 @@ def main(arguments: list[str]) -> int:
     unknown = [name for name in given.rows if name not in ROWS]
     if unknown:
         parser.error(f"no row {unknown[0]}; rows: {', '.join(ROWS)}")
-    outcomes = [short(ROWS[name], given.seed) for name in given.rows or SHORTENED]
-    print("\n" + table(outcomes))
+    names = given.rows or SHORTENED
+    if given.out:
+        outcomes = [short(ROWS[name], given.seed) for name in names]
+        given.out.write_text(json.dumps([[o.row.name, o.trials, o.violations, o.took] for o in outcomes]))
+        return 0
+    started = time.monotonic()
+    # Much of it is waiting.
+    with beside([name for name in names if ROWS[name].cluster], given.seed) as theirs:
+        outcomes = [short(ROWS[name], given.seed) for name in names if not ROWS[name].cluster] + theirs()
+    outcomes.sort(key=lambda outcome: names.index(outcome.row.name))
+    print(f"\n{table(outcomes)}\n{time.monotonic() - started:.0f} seconds by the clock")
     return 1 if any(outcome.violations for outcome in outcomes) else 0
+
+
+@contextlib.contextmanager
+def beside(names: list[str], seed: int) -> Iterator[Callable[[], list[Outcome]]]:
+    """Rows in a process of their own, one after another; what is yielded waits for their outcomes."""
+    with tempfile.TemporaryDirectory(prefix="vitscale-chaos-") as folder:
+        out = Path(folder) / "outcomes.json"
+        command = [sys.executable, "-m", "tests.chaos", *names, "--seed", str(seed), "--out", str(out)]
+        process = subprocess.Popen(command) if names else None
+
+        def outcomes() -> list[Outcome]:
+            if process is None:
+                return []
+            if process.wait() != 0:
+                raise SystemExit(f"rows {', '.join(names)} came to no end")
+            return [
+                Outcome(ROWS[name], trials, violations, took)
+                for name, trials, violations, took in json.loads(out.read_text())
+            ]
+
+        try:
+            yield outcomes
+        finally:
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.wait()
 
 
 def short(row: Row, seed: int) -> Outcome:
@@ -145,7 +184,7 @@ def _commit() -> str:
 
 
 def _tell(violation: str, outcome: Outcome) -> None:
-    print(f"  VIOLATION: {violation}" if violation else "  .", flush=True)
+    print(f"  {outcome.row.name} " + (f"VIOLATION: {violation}" if violation else "."), flush=True)
 
 
 def _keep_apart() -> Path:
@@ -153,7 +192,7 @@ def _keep_apart() -> Path:
     path = ROOT / ".bench" / "chaos.log"
     path.parent.mkdir(exist_ok=True)
     sys.stderr = os.fdopen(os.dup(2), "w")
-    with path.open("w") as file:
+    with path.open("a") as file:
         os.dup2(file.fileno(), 2)
     return path
 

@@ -194,6 +194,6 @@ ROWS = [
         "workers killed at random: weights, optimizer and place bit-equal",
         kills_of_workers,
         short=1,
-        services=True,
+        cluster=True,
     ),
 ]

@@ -148,6 +148,6 @@ ROWS = [
         "a node announced to go: a whole commit before its deadline, and no step done twice",
         drains,
         short=1,
-        services=True,
+        cluster=True,
     )
 ]

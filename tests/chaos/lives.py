@@ -147,13 +147,13 @@ ROWS = [
             }
         ),
         short=1,
-        services=True,
+        cluster=True,
     ),
     Row(
         "R5",
         "the whole cluster is lost and another comes: the run ends as if nothing had been",
         lives({"the cluster is lost": kill_cluster}),
         short=0,
-        services=True,
+        cluster=True,
     ),
 ]

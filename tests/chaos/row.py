@@ -57,7 +57,9 @@ class Row:
     short: int
     """Trials of the shortened set; 0: a row for soaks alone."""
     services: bool = False
-    """It starts Ray or MLflow."""
+    """It starts MLflow."""
+    cluster: bool = False
+    """It starts Ray, too."""
 
 
 @dataclass
