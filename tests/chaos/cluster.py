@@ -27,7 +27,7 @@ from workers.training.commits import CommitLog
 VITSCALE = [sys.executable, "-m", "pipelines.cli"]
 PATIENCE = 300.0
 STEPS, KILLS = 400, 20
-SHORT_STEPS, SHORT_KILLS = 100, 1
+SHORT_STEPS, SHORT_KILLS = 60, 1
 """Of a run."""
 
 

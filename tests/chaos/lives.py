@@ -19,7 +19,7 @@ from workers.config import RunConfig
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
-STEPS, SHORT_STEPS = 300, 100
+STEPS, SHORT_STEPS = 300, 60
 
 
 class Life:

@@ -31,7 +31,9 @@ TROUBLE = {
 
 
 def outages(lab: Lab) -> Iterator[str]:
-    config = tiny_config(lab.data, f"train.checkpoint_every_images={2 * BATCH}", steps=20)
+    config = tiny_config(
+        lab.data, f"train.checkpoint_every_images={2 * BATCH}", steps=12 if lab.short else 20
+    )
     undisturbed = lab.new_url("undisturbed")
     train_on(2, config, undisturbed)
     with proxied_store() as store:
