@@ -170,6 +170,7 @@ class Registry:
     def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
         """Move the alias back to the version that held it before, or to another that did; no gate is asked
         but the restore test. CheckpointError if the alias moves meanwhile."""
+        check_name(model, "model")
         history = list(self.log.read(model))
         holder = _holder(history, alias)
         if holder is None:

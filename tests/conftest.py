@@ -13,8 +13,10 @@ from PIL import Image
 
 from orchestrator import services as local_services
 from orchestrator.daemons import _ray_folder
+from orchestrator.registry import Registry
 from orchestrator.site import Site
 from pipelines.ingest import ingest
+from tests.fake_mlflow import FakeMlflow
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.storage import s3_client
@@ -55,6 +57,16 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def store_url(tmp_path: Path) -> str:
     """An empty store."""
     return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def mlflow() -> FakeMlflow:
+    return FakeMlflow()
+
+
+@pytest.fixture
+def registry(mlflow: FakeMlflow, store_url: str) -> Registry:
+    return Registry(mlflow, store_url)
 
 
 @pytest.fixture

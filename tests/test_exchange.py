@@ -15,8 +15,8 @@ from orchestrator.registry import Gate, Registry
 from orchestrator.site import Site
 from pipelines.exchange import export_version, import_file
 from pipelines.finetune import finetune, finetune_config
+from tests.fake_mlflow import FakeMlflow
 from tests.runs import head_manifest, train_on
-from tests.test_registry import FakeMlflow
 from workers.config import ModelConfig, RunConfig
 from workers.errors import CheckpointError, ConfigError
 from workers.models import build_model

@@ -19,8 +19,8 @@ from orchestrator.site import Site
 from pipelines.cli import app
 from pipelines.inspect import Inspection, inspect
 from pipelines.report.inspection import FIGURES as EXPLAINED
+from tests.fake_mlflow import FakeMlflow
 from tests.runs import BATCH, CPU, tiny_config
-from tests.test_registry import FakeMlflow
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
 from workers.errors import CheckpointError, ConfigError, DataError

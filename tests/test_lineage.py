@@ -3,22 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from orchestrator.registry import Gate, Registry
 from pipelines.lineage import Node, lineage
+from tests.fake_mlflow import FakeMlflow
 from tests.test_config import VALUES
-from tests.test_registry import FakeMlflow, registered
-
-
-@pytest.fixture
-def mlflow() -> FakeMlflow:
-    return FakeMlflow()
-
-
-@pytest.fixture
-def registry(mlflow: FakeMlflow, store_url: str) -> Registry:
-    return Registry(mlflow, store_url)
+from tests.test_registry import registered
 
 
 def labels(node: Node) -> dict[str, Any]:

@@ -3,20 +3,18 @@
 import hashlib
 import json
 import threading
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from mlflow.exceptions import MlflowException, RestException
 
 from orchestrator.job import check_name, run_url
 from orchestrator.promotions import Promotion, check_alias
 from orchestrator.registry import DIGEST_TAG, Gate, Registry, Version
+from tests.fake_mlflow import FakeMlflow
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError
@@ -26,71 +24,6 @@ from workers.training.checkpoint import Manifest, checkpoint_directory, object_n
 from workers.training.commits import CommitLog
 
 METRICS = {"val_accuracy": 0.9, "val_loss": 0.3, "val_images": 395}
-
-
-class Page(list[Any]):
-    """As MLflow's PagedList."""
-
-    token: str | None = None
-
-
-@dataclass
-class FakeMlflow:
-    """The registry's five calls on an MLflow server that keeps two versions to a page."""
-
-    models: dict[str, list[Any]] = field(default_factory=dict)
-    aliases: dict[tuple[str, str], str] = field(default_factory=dict)
-    before_alias: Callable[[], object] = lambda: None
-    """Called once, just before an alias is set."""
-    down: bool = False
-
-    def _up(self) -> None:
-        if self.down:
-            raise MlflowException("connection refused")
-
-    def create_registered_model(self, name: str) -> None:
-        self._up()
-        if name in self.models:
-            raise RestException({"error_code": "RESOURCE_ALREADY_EXISTS", "message": name})
-        self.models[name] = []
-
-    def create_model_version(self, name: str, source: str, run_id: str, tags: dict[str, str]) -> Any:
-        self._up()
-        assert not source.startswith("file:"), "MLflow refuses local paths"
-        assert all(isinstance(value, str) for value in tags.values())
-        versions = self.models[name]
-        version = SimpleNamespace(
-            name=name, version=str(len(versions) + 1), source=source, run_id=run_id, tags=dict(tags)
-        )
-        versions.append(version)
-        return version
-
-    def search_model_versions(self, query: str, max_results: int, page_token: str | None = None) -> Page:
-        self._up()
-        found = [
-            v for name, versions in self.models.items() for v in versions if query in ("", f"name = '{name}'")
-        ]
-        start = int(page_token or 0)
-        # The newest first, as MLflow does.
-        page = Page(found[::-1][start : start + 2])
-        page.token = str(start + 2) if start + 2 < len(found) else None
-        return page
-
-    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
-        self._up()
-        act, self.before_alias = self.before_alias, lambda: None
-        act()
-        self.aliases[name, alias] = version
-
-
-@pytest.fixture
-def mlflow() -> FakeMlflow:
-    return FakeMlflow()
-
-
-@pytest.fixture
-def registry(mlflow: FakeMlflow, store_url: str) -> Registry:
-    return Registry(mlflow, store_url)
 
 
 def run_config(seed: int = 1) -> RunConfig:
@@ -524,6 +457,13 @@ def test_a_rollback_to_what_cannot_be_is_refused(
     with pytest.raises(CheckpointError, match="no object"):
         registry.roll_back("toy", "champion", None, "")
     assert list(registry.log.read("toy")) == before
+
+
+@pytest.mark.parametrize("model", ["../toy", "a/../toy", "", "a@b"])
+def test_hostile_names_read_nothing(registry: Registry, store_url: str, model: str) -> None:
+    registry.promote(registered(registry, store_url), "champion", Gate())
+    with pytest.raises(ConfigError, match="model name"):
+        registry.roll_back(model, "champion", None, "")
 
 
 def test_who_loses_the_race_for_a_record_rolls_nothing_back(

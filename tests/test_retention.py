@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from orchestrator import tracking
 from orchestrator.retention import Garbage, Retention
 from pipelines.cli import app
-from tests.test_registry import FakeMlflow
+from tests.fake_mlflow import FakeMlflow
 from workers.errors import CheckpointError
 from workers.storage import FileStore, join_url, open_store
 from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, read_manifest

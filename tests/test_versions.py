@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from orchestrator.registry import DIGEST_TAG, Registry
-from tests.test_registry import FakeMlflow
+from tests.fake_mlflow import FakeMlflow
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ RAY = [sys.executable, str(Path(ray_node.__file__))]
 class Node:
     """One more node of a cluster, with room for one worker, for a `with` block."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path) -> None:
+    def __init__(self, cluster: LocalCluster, log: Path) -> None:
         self._cluster = cluster
         self._name = uuid.uuid4().hex
         """Also the mark by which its processes are found."""
@@ -44,7 +44,7 @@ class Node:
         command += ["--disable-usage-stats", "--block"]
         self._environment = base_environment() | cluster.site.environment()
         record = ServiceRecord(name="ray", url="", ports={}, mark=self._name, settings="")
-        leader = launch(command, self._environment | {MARK: self._name}, folder)
+        leader = launch(command, self._environment | {MARK: self._name}, log)
         self._record = record.model_copy(update={"leaders": [leader]})
 
     def __enter__(self) -> Self:

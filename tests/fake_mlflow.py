@@ -1,0 +1,63 @@
+"""MLflow's model registry in memory, for tests of what keeps models there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from mlflow.exceptions import MlflowException, RestException
+
+
+class Page(list[Any]):
+    """As MLflow's PagedList."""
+
+    token: str | None = None
+
+
+@dataclass
+class FakeMlflow:
+    """The registry's five calls on an MLflow server that keeps two versions to a page."""
+
+    models: dict[str, list[Any]] = field(default_factory=dict)
+    aliases: dict[tuple[str, str], str] = field(default_factory=dict)
+    before_alias: Callable[[], object] = lambda: None
+    """Called once, just before an alias is set."""
+    down: bool = False
+
+    def _up(self) -> None:
+        if self.down:
+            raise MlflowException("connection refused")
+
+    def create_registered_model(self, name: str) -> None:
+        self._up()
+        if name in self.models:
+            raise RestException({"error_code": "RESOURCE_ALREADY_EXISTS", "message": name})
+        self.models[name] = []
+
+    def create_model_version(self, name: str, source: str, run_id: str, tags: dict[str, str]) -> Any:
+        self._up()
+        assert not source.startswith("file:"), "MLflow refuses local paths"
+        assert all(isinstance(value, str) for value in tags.values())
+        versions = self.models[name]
+        version = SimpleNamespace(
+            name=name, version=str(len(versions) + 1), source=source, run_id=run_id, tags=dict(tags)
+        )
+        versions.append(version)
+        return version
+
+    def search_model_versions(self, query: str, max_results: int, page_token: str | None = None) -> Page:
+        self._up()
+        found = [
+            v for name, versions in self.models.items() for v in versions if query in ("", f"name = '{name}'")
+        ]
+        start = int(page_token or 0)
+        # The newest first, as MLflow does.
+        page = Page(found[::-1][start : start + 2])
+        page.token = str(start + 2) if start + 2 < len(found) else None
+        return page
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        self._up()
+        act, self.before_alias = self.before_alias, lambda: None
+        act()
+        self.aliases[name, alias] = version
