@@ -34,8 +34,8 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/mypy
 
 test: check  ## check, then all tests
-	@echo "== pytest"
-	$(BIN)/pytest
+	@echo "== pytest, in two lanes"
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-fast: check  ## check, then the tests that start no services: about a minute
 	@echo "== pytest, without services"

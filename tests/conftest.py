@@ -46,6 +46,13 @@ def make_tar(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_F
     return buffer.getvalue()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`make test`), tests that start services are one lane: they look for them on the machine."""
+    for item in items:
+        if item.get_closest_marker("services"):
+            item.add_marker(pytest.mark.xdist_group("services"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Not in the checkout: commands would find the services that `make quickstart` has left there."""
