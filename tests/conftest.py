@@ -47,7 +47,7 @@ def make_tar(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_F
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`make test`), tests that start services are one lane: they look for them on the machine."""
+    """Of two lanes (`make test`), tests that start services are one: they find them on the machine."""
     for item in items:
         if item.get_closest_marker("services"):
             item.add_marker(pytest.mark.xdist_group("services"))
