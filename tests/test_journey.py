@@ -18,7 +18,7 @@ from orchestrator import services as local_services
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(1500)]
 
 VITSCALE = [sys.executable, "-m", "pipelines.cli"]
 EFFORT = ["--effort", "0.03"]
@@ -58,7 +58,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             now = heads(directory)
             assert finished.items() <= now.items(), again
             finished = now
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stdout + done.stderr
         assert finished.items() <= heads(directory).items(), again
         (directory / "output.txt").write_text(done.stdout)
