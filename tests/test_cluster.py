@@ -330,26 +330,26 @@ def train(services: Site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     services.save(site)
     data = ["--data", "cluster-digits", "--site", str(site)]
     ingest = [*VITSCALE, "ingest", "digits", "cluster-digits", "--limit", "400", "--site", str(site)]
-    subprocess.run(ingest, check=True, capture_output=True, timeout=100)
+    subprocess.run(ingest, check=True, capture_output=True, timeout=200)
     yield [*VITSCALE, "train", "vit-digits", *data, "--set", "train.checkpoint_every_images=1000"]
 
 
 @pytest.mark.services
 def test_more_workers_than_the_cluster_holds_are_one_clear_error(train: list[str]) -> None:
-    done = subprocess.run([*train, "--set", "compute.workers=8"], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*train, "--set", "compute.workers=8"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert done.stderr.startswith("error: compute.workers: no room for 8 workers of 1 CPU each; ")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.services
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_command_that_is_ended_ends_its_job_and_the_next_goes_on(services: Site, train: list[str]) -> None:
     command = [*train, "--set", "train.images=8000", "--set", "seed=77", "--as", "ended", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = wait_for_commit(services)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=100)
+    _, error = process.communicate(timeout=200)
     assert process.returncode == 130
     assert error.splitlines()[-2:] == [
         "  stopping train vit-digits; the same command goes on from its last commit",
@@ -367,7 +367,7 @@ def test_a_command_that_is_ended_ends_its_job_and_the_next_goes_on(services: Sit
 
 
 @pytest.mark.services
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, train: list[str]) -> None:
     settings = ("--set", "train.images=8000", "--set", "seed=78", "--set", "compute.hang_seconds=3")
     command = [*train, *settings, "--as", "stopped", "--json"]
@@ -375,7 +375,7 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     run = wait_for_commit(services)
     workers = [one for one in psutil.process_iter(["cmdline"]) if is_train_worker(one)]
     workers[0].send_signal(signal.SIGSTOP)
-    output, error = process.communicate(timeout=250)
+    output, error = process.communicate(timeout=500)
     assert process.returncode == 0, error
     assert json.loads(output)["run"] == run.name
     head = CommitLog(open_store(run.as_uri())).head()

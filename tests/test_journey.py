@@ -136,7 +136,7 @@ print(json.dumps({
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(journey / "site.yaml")],
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

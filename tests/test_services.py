@@ -321,7 +321,7 @@ def pids(directory: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.services
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_three_services_live_and_end(tmp_path):
     """One life of all three, in one test because a start takes seconds: ports, secrets, repair, end."""
     said: list[str] = []
