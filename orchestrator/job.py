@@ -11,11 +11,14 @@ from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from orchestrator.job_records import is_done, is_wished
 from workers.config import Part, RunConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError
 from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
 from workers.training.commits import Commit, CommitLog
+
+SPEC = re.compile(r"jobs/([0-9a-f]{64})\.json")
 
 
 class JobSpec(Part):
@@ -112,6 +115,22 @@ def list_runs(store: Store) -> list[str]:
     """Names of all runs that were submitted."""
     prefix = _run_key("")
     return sorted(item.key.removeprefix(prefix) for item in store.list(prefix))
+
+
+def unfinished_on(runs: str, manifest: str) -> list[str]:
+    """Names of runs that begin with this checkpoint, of jobs that are not done: they are to get done, or were
+    stopped after a first commit."""
+    store = open_store(runs)
+    found = []
+    for info in store.list("jobs/"):
+        match = SPEC.fullmatch(info.key)
+        if match is None or is_done(store, match[1]):
+            continue
+        for config in read_spec(runs, match[1]).configs:
+            origins = {origin.manifest for origin in (config.init, config.fork) if origin is not None}
+            if manifest in origins and (is_wished(store, match[1]) or run_head(runs, config) is not None):
+                found.append(config.run)
+    return sorted(found)
 
 
 def delete_job(spec: JobSpec) -> None:

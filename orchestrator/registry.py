@@ -7,54 +7,46 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.job import check_name
-from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before
-from orchestrator.tracking import mlflow_errors
+from orchestrator.aliases import SERVICE, Aliases, Change
+from orchestrator.job import check_name, unfinished_on
+from orchestrator.keys import Keys
+from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before, retired
+from orchestrator.site import Site
+from orchestrator.tracking import connect, mlflow_errors
+from orchestrator.versions import (
+    DIGEST_TAG,
+    DUPLICATE_TAG,
+    RETIRED_TAG,
+    Version,
+    distinct,
+    manifest_url,
+    readable,
+    to_source,
+    to_tags,
+)
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
-from workers.models.sizes import parse_size, size_text
-from workers.storage import AlreadyExists, join_url, open_store
-from workers.training.checkpoint import Manifest, open_manifest
+from workers.storage import AlreadyExists, Unavailable, join_url, open_store
+from workers.training.checkpoint import open_manifest
 from workers.training.commits import CommitLog
 from workers.training.restore import restore_test
 
+__all__ = ["DIGEST_TAG", "SERVICE", "Change", "Gate", "Registry", "Version", "open_registry"]
+
 log = logging.getLogger(__name__)
 
-SERVICE = "MLflow's model registry"
-DIGEST_TAG = "vitscale.manifest_sha256"
-LOCAL = "vitscale-"
-"""Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
 PAGE = 1000
 """Versions per answer."""
-
-
-@dataclass(frozen=True)
-class Version:
-    model: str
-    version: int
-    manifest: str
-    """URL of its MANIFEST.json."""
-    digest: str
-    """sha256 of that."""
-    run: str
-    run_id: str
-    """Of MLflow."""
-    parent: str
-    """`model/version` that it was fine-tuned from, or empty."""
-    image_size: int | tuple[int, int]
-    """Pixels per side, or height and width."""
-    metrics: dict[str, float]
-
-    @property
-    def label(self) -> str:
-        return f"{self.model}/{self.version}"
+MANIFEST_KEY = re.compile(r"/runs/[A-Za-z0-9][A-Za-z0-9._-]*/checkpoints/\d+-\d+/MANIFEST\.json")
+"""Of a run, below the root of a store of runs."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +57,30 @@ class Gate:
     minimum: float = 0.0
 
 
+def open_registry(site: Site) -> "Registry":
+    """With the site's keys. Unavailable within seconds if MLflow is away."""
+    keys = Keys.load(site.promotion_key_file, site.promotion_public_key_file)
+    return Registry(connect(site.mlflow), site.runs, keys)
+
+
 class Registry:
-    def __init__(self, client: MlflowClient, runs: str) -> None:
+    def __init__(self, client: MlflowClient, runs: str, keys: Keys | None = None) -> None:
+        """Without keys nothing is signed and no signature asked for: of a site, use `open_registry`."""
         self._client = client
         self._runs = runs
-        self.log = PromotionLog(open_store(runs))
+        self.log = PromotionLog(open_store(runs), keys)
+        self.aliases = Aliases(client, self.log)
 
     def register(self, model: str, config: RunConfig, run_id: str) -> Version:
         """The version that points to this run's final commit, made if it is not there."""
         return self.register_run(model, config.run, run_id)
 
     def register_run(self, model: str, run: str, run_id: str) -> Version:
-        """Likewise, by the run's name: weights that were imported have no configuration."""
+        """Likewise, by the run's name: weights that were imported have no configuration.
+
+        MLflow may make a version and its reply be lost, or two clients register at once: of several versions
+        of one manifest the first is *the* version, the others are marked and never listed.
+        """
         check_name(model, "model")
         url = join_url(self._runs, "runs", run)
         head = CommitLog(open_store(url)).head()
@@ -85,40 +89,67 @@ class Registry:
         for version in self.versions(model):
             if version.digest == head.digest:
                 return version
-        manifest_url = join_url(url, head.manifest)
-        _, manifest = open_manifest(manifest_url, head.digest)
-        with mlflow_errors(SERVICE):
-            self._ensure_model(model)
-            created = self._client.create_model_version(
-                model,
-                source=_to_source(manifest_url),
-                run_id=run_id,
-                tags=_tags(manifest, head.digest),
-            )
-        return _from_mlflow(created)
+        manifest = join_url(url, head.manifest)
+        tags = to_tags(open_manifest(manifest, head.digest)[1], head.digest)
+        lost: Unavailable | None = None
+        try:
+            with mlflow_errors(SERVICE):
+                self._ensure_model(model)
+                self._client.create_model_version(model, source=to_source(manifest), run_id=run_id, tags=tags)
+        except Unavailable as error:
+            # It may be there all the same.
+            lost = error
+        made = self._sole_version(model, manifest, head.digest)
+        if made is None:
+            raise lost or CheckpointError(f"MLflow made no version of {manifest}, or its tags were changed")
+        return made
 
     def versions(self, model: str | None = None) -> list[Version]:
         """Oldest first; of one model, or of all."""
-        if model:
-            check_name(model, "model")
-        query = f"name = '{model}'" if model else ""
-        with mlflow_errors(SERVICE):
-            found = self._search(query)
-        return sorted(_readable(found), key=lambda v: (v.model, v.version))
+        return distinct(readable(self._search(model)))
 
-    def needed(self) -> set[str]:
-        """URLs of all manifests that a version, whatever its tags, or a promotion points to."""
-        with mlflow_errors(SERVICE):
-            sources = {str(version.source).removeprefix(LOCAL) for version in self._search("")}
-        promoted = {promotion.manifest for model in self.log.models() for promotion in self.log.read(model)}
+    def needed(self, retired_before: float | None = None) -> set[str]:
+        """URLs of all manifests that a version, whatever its tags, or a promotion points to, but for versions
+        that were retired before that time (None: for those, too)."""
+        out = {(record.model, record.version) for record in self._retirements(retired_before)}
+        sources = {manifest_url(v) for v in self._search() if (v.name, int(v.version)) not in out}
+        promoted = {
+            record.manifest
+            for model in self.log.models()
+            for record in self.log.read(model)
+            if record.manifest and (record.model, record.version) not in out
+        }
         return sources | promoted
 
-    def resolve(self, reference: str) -> Version:
-        """`model@alias` by the promotion log, or `model/version`."""
+    def retired(self, before: float | None = None) -> set[str]:
+        """URLs of manifests of versions that were retired before that time and that `needed` has not."""
+        found = {record.manifest for record in self._retirements(before)}
+        return found - self.needed(before) if found else found
+
+    def resolve(self, reference: str, *, ignore_moved_alias: bool = False) -> Version:
+        """`model@alias` by the promotion log, or `model/version`, for use.
+
+        CheckpointError if it is retired, if its source is not of this site, or if somebody moved the alias in
+        MLflow by hand: whoever did expects another version (`ignore_moved_alias`: take what the log says).
+        """
+        version = self.find(reference)
+        self._check_source(version.label, version.manifest)
+        model, _, alias = reference.partition("@")
+        if alias and not ignore_moved_alias:
+            self._check_alias_is_ours(model, alias)
+        if version.version in (gone := retired(self.log.read(version.model))):
+            raise CheckpointError(f"{version.label} was retired: {gone[version.version].reason}")
+        return version
+
+    def find(self, reference: str) -> Version:
+        """Likewise, whatever became of it: to look at."""
         match = re.fullmatch(r"([^@/]+)(?:@([^@/]+)|/(\d+))", reference)
         if not match:
             raise ConfigError(f"{reference!r}: expected MODEL@ALIAS or MODEL/VERSION")
         model, alias, number = match.groups()
+        check_name(model, "model")
+        if alias is not None:
+            check_name(alias, "alias")
         versions = {version.version: version for version in self.versions(model)}
         if not versions:
             models = sorted({version.model for version in self.versions()})
@@ -140,15 +171,25 @@ class Registry:
             )
         return version
 
+    def reconcile(self, model: str | None = None) -> list[Change]:
+        """Have MLflow's aliases say what the log says, of one model or of all; what they said instead.
+
+        Cheap while nothing has changed.
+        """
+        models = [model] if model else sorted({v.model for v in self.versions()} | self.log.models())
+        return [change for name in models for change in self.aliases.reconcile(name)]
+
     def promote(self, version: Version, alias: str, gate: Gate) -> Promotion:
         """Move the alias through the gate; the gate is asked again whenever another promotion came first."""
         check_alias(alias)
+        self._check_source(version.label, version.manifest)
         while True:
-            history = list(self.log.read(version.model))
+            history = self.log.read(version.model)
+            _check_in_use(history, version.version)
             holder = _holder(history, alias)
             value = _pass_gate(version, gate)
             if holder is not None and holder.digest == version.digest:
-                self._follow(version.model, alias)
+                self.aliases.follow(version.model, alias)
                 return holder
             promotion = Promotion(
                 seq=len(history),
@@ -164,17 +205,18 @@ class Registry:
                 time=time.time(),
                 user=os.environ.get("USER", ""),
             )
-            if self._append(promotion):
-                return promotion
+            if (made := self._append(promotion)) is not None:
+                return made
 
     def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
         """Move the alias back to the version that held it before, or to another that did; no gate is asked
         but the restore test. CheckpointError if the alias moves meanwhile."""
         check_name(model, "model")
-        history = list(self.log.read(model))
+        check_name(alias, "alias")
+        history = self.log.read(model)
         holder = _holder(history, alias)
         if holder is None:
-            known = _list(sorted({promotion.alias for promotion in history})) or "none"
+            known = _list(sorted({p.alias for p in history if p.alias})) or "none"
             raise ConfigError(f"{model} has no alias {alias!r}; its aliases: {known}")
         target = held_before(history, alias) if version is None else version
         if target is None:
@@ -183,6 +225,8 @@ class Registry:
         if earlier is None or target == holder.version:
             held = _list(sorted({p.version for p in history if p.alias == alias} - {holder.version}))
             raise ConfigError(f"{model}@{alias} can go back to {held or 'none'}, not to {target}")
+        _check_in_use(history, target)
+        self._check_source(f"{model}/{target}", earlier.manifest)
         restore_test(earlier.manifest, earlier.digest)
         promotion = replace(
             earlier,
@@ -196,34 +240,115 @@ class Registry:
             rollback=True,
             reason=reason,
         )
-        if not self._append(promotion):
+        made = self._append(promotion)
+        if made is None:
             raise CheckpointError(f"{model}: somebody else moved an alias at this moment; look again")
-        return promotion
+        return made
 
-    def _append(self, promotion: Promotion) -> bool:
-        """False if another record came first."""
+    def retire(self, model: str, number: int, reason: str) -> Promotion:
+        """Take a version out of use for good: a record in the log, so that no promotion can come between.
+
+        ConfigError while an alias, or a job that goes on from it, needs the version.
+        """
+        while True:
+            version = self.find(f"{model}/{number}")
+            history = self.log.read(model)
+            made = retired(history).get(number)
+            if made is None:
+                self._check_unused(version, history)
+                made = self._append(_record("retirement", model, history, reason, version))
+            if made is not None:
+                with mlflow_errors(SERVICE):
+                    self._client.set_model_version_tag(model, str(number), RETIRED_TAG, made.reason or "yes")
+                return made
+
+    def sign(self, model: str, reason: str) -> Promotion | None:
+        """Sign a log whose records are older than the site's key; None if that was done."""
+        check_name(model, "model")
+        while True:
+            history = self.log.read(model, unsigned=True)
+            if not history:
+                raise ConfigError(f"no version of {model!r} was ever promoted; there is nothing to sign")
+            if history[-1].signature:
+                return None
+            if (made := self._append(_record("signing", model, history, reason))) is not None:
+                return made
+
+    def _append(self, promotion: Promotion) -> Promotion | None:
+        """As it is in the log; None if another record came first."""
         try:
-            self.log.append(promotion)
+            made = self.log.append(promotion)
         except AlreadyExists:
-            return False
-        self._follow(promotion.model, promotion.alias)
-        return True
+            return None
+        if made.alias:
+            self.aliases.follow(made.model, made.alias)
+        return made
 
-    def _search(self, query: str) -> list[ModelVersion]:
-        page = self._client.search_model_versions(query, max_results=PAGE)
-        found = list(page)
-        while page.token:
-            page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
-            found += page
+    def _search(self, model: str | None = None) -> list[ModelVersion]:
+        if model:
+            check_name(model, "model")
+        query = f"name = '{model}'" if model else ""
+        with mlflow_errors(SERVICE):
+            page = self._client.search_model_versions(query, max_results=PAGE)
+            found = list(page)
+            while page.token:
+                page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
+                found += page
         return found
 
-    def _follow(self, model: str, alias: str) -> None:
-        """MLflow's alias becomes what the log says, whoever else promotes at the same time."""
-        followed = None
-        while (holder := self.log.holders(model)[alias]) != followed:
-            with mlflow_errors(SERVICE):
-                self._client.set_registered_model_alias(model, alias, str(holder.version))
-            followed = holder
+    def _sole_version(self, model: str, manifest: str, digest: str) -> Version | None:
+        """The first of a manifest's versions; later ones are marked."""
+        ours = [v for v in readable(self._search(model)) if (v.manifest, v.digest) == (manifest, digest)]
+        if not ours:
+            return None
+        first = distinct(ours)[0]
+        for version in ours:
+            if version != first:
+                log.warning(
+                    "%s points to the same manifest as %s and is left out", version.label, first.label
+                )
+                with mlflow_errors(SERVICE):
+                    self._client.set_model_version_tag(
+                        model, str(version.version), DUPLICATE_TAG, str(first.version)
+                    )
+        return first
+
+    def _check_source(self, label: str, manifest: str) -> None:
+        """Before anything is read from it: MLflow lets whoever may register name any address."""
+        below = manifest.startswith(self._runs) and MANIFEST_KEY.fullmatch(manifest[len(self._runs) :])
+        if not below:
+            raise CheckpointError(
+                f"{label}: its source {manifest} is no checkpoint below this site's {self._runs}/runs; "
+                "nothing is read from elsewhere"
+            )
+
+    def _check_alias_is_ours(self, model: str, alias: str) -> None:
+        for change in self.aliases.astray(model):
+            if change.alias == alias and change.cause == "by hand":
+                raise CheckpointError(
+                    f"{change}. `vitscale models {model}` puts it back; --ignore-moved-alias takes what the "
+                    "log says"
+                )
+
+    def _check_unused(self, version: Version, history: Sequence[Promotion]) -> None:
+        aliases = sorted({p.alias for p in history if p.alias})
+        held = [alias for alias in aliases if (p := _holder(history, alias)) and p.version == version.version]
+        if held:
+            raise ConfigError(
+                f"{version.label} is {', '.join(f'{version.model}@{alias}' for alias in held)}; promote "
+                "another in its place first"
+            )
+        if runs := unfinished_on(self._runs, version.manifest):
+            raise ConfigError(
+                f"{version.label} is what {', '.join(runs)} began with, which is not finished; "
+                "`vitscale status` says how it stands"
+            )
+
+    def _retirements(self, before: float | None) -> list[Promotion]:
+        if before is None:
+            return []
+        logs = (self.log.read(model) for model in self.log.models())
+        return [record for history in logs for record in retired(history).values() if record.time <= before]
 
     def _ensure_model(self, model: str) -> None:
         try:
@@ -235,6 +360,40 @@ class Registry:
 
 def _holder(history: Sequence[Promotion], alias: str) -> Promotion | None:
     return next((promotion for promotion in reversed(history) if promotion.alias == alias), None)
+
+
+def _check_in_use(history: Sequence[Promotion], version: int) -> None:
+    if version in (gone := retired(history)):
+        raise CheckpointError(
+            f"{gone[version].model}/{version} was retired ({gone[version].reason}) and is promoted no more; "
+            "train it again if it is wanted"
+        )
+
+
+def _record(
+    kind: Literal["retirement", "signing"],
+    model: str,
+    history: Sequence[Promotion],
+    reason: str,
+    version: Version | None = None,
+) -> Promotion:
+    """One that moves no alias."""
+    return Promotion(
+        seq=len(history),
+        model=model,
+        version=version.version if version else 0,
+        alias="",
+        manifest=version.manifest if version else "",
+        digest=version.digest if version else "",
+        metric="",
+        value=0.0,
+        minimum=0.0,
+        previous=None,
+        time=time.time(),
+        user=os.environ.get("USER", ""),
+        reason=reason,
+        kind=kind,
+    )
 
 
 def _pass_gate(version: Version, gate: Gate) -> float:
@@ -249,51 +408,6 @@ def _pass_gate(version: Version, gate: Gate) -> float:
         )
     restore_test(version.manifest, version.digest)
     return value
-
-
-def _tags(manifest: Manifest, digest: str) -> dict[str, str]:
-    data, init = manifest.config.get("data") or {}, manifest.config.get("init") or {}
-    tags = {
-        DIGEST_TAG: digest,
-        "vitscale.run": manifest.run,
-        "vitscale.data_fingerprint": str(data.get("fingerprint")),
-        "vitscale.image_size": size_text(manifest.model.image_size),
-        "vitscale.parent": init.get("parent", ""),
-    }
-    return tags | {f"metric.{name}": repr(value) for name, value in manifest.metrics.items()}
-
-
-def _readable(versions: Iterable[ModelVersion]) -> Iterator[Version]:
-    """Those of ours; anybody may edit tags in MLflow, and one such version must not hide the others."""
-    for version in versions:
-        if DIGEST_TAG in version.tags:
-            try:
-                yield _from_mlflow(version)
-            except (KeyError, ValueError, ConfigError) as error:
-                log.warning("%s/%s is left out: tag %s was changed", version.name, version.version, error)
-
-
-def _from_mlflow(version: ModelVersion) -> Version:
-    tags = version.tags
-    return Version(
-        model=version.name,
-        version=int(version.version),
-        manifest=str(version.source).removeprefix(LOCAL),
-        digest=tags[DIGEST_TAG],
-        run=tags["vitscale.run"],
-        run_id=version.run_id or "",
-        parent=tags.get("vitscale.parent", ""),
-        image_size=parse_size(tags["vitscale.image_size"]),
-        metrics={
-            name.removeprefix("metric."): float(value)
-            for name, value in tags.items()
-            if name.startswith("metric.")
-        },
-    )
-
-
-def _to_source(manifest_url: str) -> str:
-    return LOCAL + manifest_url if manifest_url.startswith("file:") else manifest_url
 
 
 def _list(names: Iterable[object]) -> str:

@@ -1,7 +1,8 @@
 """What the store of runs need not keep: checkpoints that nothing needs, uploads that nobody finishes.
 
 A checkpoint is needed if its run's log has it among those that count (the newest of them, if only so many
-are to be kept), or if a registered version, a promotion, or the configuration of another run names it. What
+are to be kept, and none if the run's result was retired), or if a registered version, a promotion, or the
+configuration of another run names it. What
 the owner of a run's newest lease writes may be on its way there, and is left alone; so is what is young.
 
 A checkpoint loses its MANIFEST.json first, and with it ceases to be one: whoever deletes may be stopped at
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.job import SPEC
 from workers.errors import CheckpointError
 from workers.storage import NotFound, ObjectInfo, Store, Upload, join_url, open_store
 from workers.training.checkpoint import MANIFEST, read_manifest
@@ -24,7 +26,6 @@ from workers.training.commits import Commit, CommitLog
 
 KEY = re.compile(r"runs/([^/]+)/(checkpoints/\d+-(\d+))/[^/]+")
 """Run, directory and epoch of a checkpoint's object."""
-SPEC = re.compile(r"jobs/[0-9a-f]{64}\.json")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,18 @@ class _Run:
 
 
 class Retention:
-    def __init__(self, runs: str, needed: Iterable[str], *, keep: int | None, older_than: float) -> None:
-        """`needed`: URLs of manifests that the registry needs. `keep`: how many of each run's commits (None:
-        all); of a run that is not complete at least two. `older_than`: seconds.
+    def __init__(
+        self,
+        runs: str,
+        needed: Iterable[str],
+        *,
+        retired: Iterable[str] = (),
+        keep: int | None,
+        older_than: float,
+    ) -> None:
+        """`needed`: URLs of manifests that the registry needs. `retired`: of manifests that it needs no more:
+        of a run whose result is one of them nothing is kept for its own sake. `keep`: how many of each run's
+        commits (None: all); of a run that is not complete at least two. `older_than`: seconds.
 
         CheckpointError if a run's log, or all its manifests, cannot be read: what others need is not known.
         """
@@ -68,6 +78,7 @@ class Retention:
                 self._objects[match[1], match[2], int(match[3])].append(info)
         self._runs: dict[str, _Run] = {}
         self._needed = {_tail(url) for url in needed}
+        self._retired = {_tail(url) for url in retired}
         for name in sorted({info.key.split("/")[1] for info in listed}):
             self._read_run(name, keep)
         self._needed |= {_tail(url) for url in _asked_for(self._store)}
@@ -106,8 +117,12 @@ class Retention:
         commits = list(log.lineage_from(head.seq))
         lineage = [commit.manifest.rpartition("/")[0] for commit in commits]
         num_kept = len(lineage) if keep is None else keep if head.complete else max(keep, 2)
+        out_of_use = head.complete and f"{name}/{lineage[0]}" in self._retired
+        if out_of_use:
+            num_kept = 0
         self._runs[name] = _Run(lineage, num_kept, float("inf") if head.complete else lease.epoch)
-        self._needed |= {_tail(url) for url in _origins(_config(store, commits))}
+        if not out_of_use:
+            self._needed |= {_tail(url) for url in _origins(_config(store, commits))}
 
     def _reason(self, name: str, directory: str, epoch: int, infos: Iterable[ObjectInfo]) -> str:
         """Why a checkpoint is not needed; empty if it is, or may be."""
@@ -115,6 +130,8 @@ class Retention:
         if run is None or f"{name}/{directory}" in self._needed:
             return ""
         if directory in run.lineage:
+            if run.num_kept == 0:
+                return "retired"
             return "old" if directory in run.lineage[run.num_kept :] else ""
         if epoch >= run.writing:
             return ""

@@ -27,6 +27,11 @@ from workers.errors import ConfigError
 from workers.storage import join_url
 
 DEFAULT_SITE = Path(".vitscale/site.yaml")
+FILES = (
+    *("aws_config_file", "aws_credentials_file", "ray_token_file"),
+    *("promotion_key_file", "promotion_public_key_file"),
+)
+"""Fields that name one."""
 HEADER = """\
 # Where the services of this project are. `vitscale up` writes this file; for a cluster, write it by hand.
 # No secret belongs in it: credentials are in the files that it names, or in your own AWS configuration.
@@ -82,6 +87,10 @@ class Site(BaseModel):
     """In the format of ~/.aws/credentials; the `default` profile is used. Without it: AWS's own chain."""
     ray_token_file: FilePath | None = None
     """Needed unless RAY_AUTH_TOKEN or ~/.ray/auth_token holds the cluster's token."""
+    promotion_key_file: FilePath | None = None
+    """Ed25519 private key with which this user signs promotions; only who promotes has one."""
+    promotion_public_key_file: FilePath | None = None
+    """Public keys of all who promote, in PEM; with it every reader refuses what none of them signed."""
     autoscaling: bool = False
     """Ray adds nodes on demand: a job that is too large for those there are waits for more."""
 
@@ -102,7 +111,7 @@ class Site(BaseModel):
             site = cls.model_validate(data, context={"base": path.parent.absolute()})
         except ValidationError as error:
             raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
-        for field in ("aws_config_file", "aws_credentials_file", "ray_token_file"):
+        for field in FILES:
             _check_file(path, field, getattr(site, field))
         return site
 
@@ -191,6 +200,9 @@ def _check_file(path: Path, field: str, file: Path | None) -> None:
         return
     if not file.is_file():
         raise ConfigError(f"{path}: field `{field}`: there is no file {file}")
+    mode = file.stat().st_mode
+    if field == "promotion_key_file" and mode & (stat.S_IRWXO | stat.S_IRWXG):
+        raise ConfigError(f"{path}: field `{field}`: others can read {file}; run `chmod 600 {file}`")
     # Group bits are left alone: Kubernetes mounts a pod's secrets as root:fsGroup 0440.
-    if field != "aws_config_file" and file.stat().st_mode & stat.S_IRWXO:
+    if field in ("aws_credentials_file", "ray_token_file") and mode & stat.S_IRWXO:
         raise ConfigError(f"{path}: field `{field}`: everybody can read {file}; run `chmod 600 {file}`")

@@ -49,8 +49,7 @@ class Tracking:
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri = uri
         self.name = f"MLflow at {uri}"
-        _check_alive(uri)
-        self.client = MlflowClient(tracking_uri=uri)
+        self.client = connect(uri)
         with mlflow_errors(self.name):
             self.experiment_id = self._experiment(experiment)
 
@@ -306,6 +305,13 @@ class Drain:
             values = Probes.from_json(event["probes"]).summary()
         time_ms = int(event["time"] * 1000)
         self._points += [Metric(name, value, time_ms, event["images_seen"]) for name, value in values.items()]
+
+
+def connect(uri: str) -> MlflowClient:
+    """Unavailable within seconds if nobody answers there. Who we are is in MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, or in ~/.mlflow/credentials."""
+    _check_alive(uri)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _check_alive(uri: str) -> None:

@@ -14,6 +14,7 @@ from pipelines import data_commands, registry_commands, run_commands, selftest_c
 from pipelines.evaluate_command import evaluate
 from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
+from pipelines.retire_command import retire, sign
 from pipelines.terminal import console, errors
 from workers.errors import ConfigError, VitscaleError
 
@@ -162,6 +163,8 @@ app.command()(registry_commands.models)
 app.command()(registry_commands.promote)
 app.command()(registry_commands.rollback)
 app.command()(registry_commands.lineage)
+app.command()(retire)
+app.command()(sign)
 app.command(name="import")(registry_commands.import_weights)
 app.command()(registry_commands.export)
 app.command()(gc)

@@ -3,11 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from orchestrator.registry import Registry
+from orchestrator.registry import open_registry
 from orchestrator.site import Site
-from orchestrator.tracking import Tracking
 from pipelines.children import fork_cooldown
-from pipelines.pretrain import EXPERIMENT
 from workers.config import ForkConfig, RunConfig, make_config
 from workers.config_text import override
 from workers.errors import ConfigError
@@ -45,8 +43,7 @@ def cooldown_config(
 def _run_url(site: Site, reference: str) -> str:
     """Where a run's objects lie."""
     if re.search("[@/]", reference):
-        registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
-        return registry.resolve(reference).manifest.partition("/checkpoints/")[0]
+        return open_registry(site).resolve(reference).manifest.partition("/checkpoints/")[0]
     return join_url(site.runs, "runs", reference)
 
 

@@ -89,11 +89,9 @@ def find_checkpoint(reference: str, site: Site | None) -> Checkpoint:
         if site is None:
             raise ConfigError(f"{reference!r}: registered models are found by a site file; give --site")
         # Imported on use: a GPU machine without MLflow evaluates checkpoints by their URLs.
-        from orchestrator.registry import Registry
-        from orchestrator.tracking import Tracking
-        from pipelines.pretrain import EXPERIMENT
+        from orchestrator.registry import open_registry
 
-        version = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs).resolve(reference)
+        version = open_registry(site).resolve(reference)
         return Checkpoint(version.label, version.manifest, version.digest)
     root, _, name = reference.rpartition("/")
     if name != MANIFEST or urllib.parse.urlsplit(reference).scheme not in ("s3", "file"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.job import check_name
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry, Version, open_registry
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT
@@ -60,11 +60,12 @@ def import_file(
     return Registry(tracking.client, site.runs).register_run(model, run, run_id)
 
 
-def export_version(site: Site, reference: str, format: str, out: Path) -> str:
+def export_version(
+    site: Site, reference: str, format: str, out: Path, *, ignore_moved_alias: bool = False
+) -> str:
     """Write the version `MODEL@ALIAS` or `MODEL/VERSION` to `out`; the Python that loads it."""
     checked = check_format(format)
-    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
-    version = registry.resolve(reference)
+    version = open_registry(site).resolve(reference, ignore_moved_alias=ignore_moved_alias)
     model, manifest = load_model(version.manifest, version.digest)
     return write_weights(out, checked, manifest.model, model.state_dict())
 

@@ -5,11 +5,10 @@ from typing import cast, get_args
 
 from rich.console import Console
 
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Version, open_registry
 from orchestrator.site import Site
-from orchestrator.tracking import Tracking
 from pipelines.children import FineTuning, fine_tune
-from pipelines.pretrain import EXPERIMENT, train
+from pipelines.pretrain import train
 from pipelines.recipes import facts_at, read_facts
 from workers.config import InitConfig, RunConfig, make_config
 from workers.config_text import override
@@ -31,8 +30,7 @@ def finetune_config(
     """The run that fine-tunes `MODEL@ALIAS`, on the parent's data or on the set whose root is `data`."""
     if recipe not in get_args(FineTuning):
         raise ConfigError(f"recipe {recipe!r}: choose one of {', '.join(get_args(FineTuning))}")
-    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
-    version = registry.resolve(reference)
+    version = open_registry(site).resolve(reference)
     _, manifest = open_manifest(version.manifest, version.digest)
     model, parent = manifest.model, manifest.run_config
     if model.family == "resnet":

@@ -1,6 +1,7 @@
 """`vitscale gc`: what the store of runs need not keep goes."""
 
 import json
+import time
 from dataclasses import asdict
 from typing import Annotated
 
@@ -21,18 +22,24 @@ def gc(
 ) -> None:
     """Delete checkpoints that no log counts and old ones that nothing needs, and abort unfinished uploads.
 
-    What a registered version, a promotion, a job or another run needs stays in any case.
+    What a registered version, a promotion, a job or another run needs stays in any case; a version that was
+    retired needs nothing.
 
     Example: vitscale gc --keep 3 --dry-run
     """
     where = open_site(site)
-    from orchestrator.registry import Registry
+    from orchestrator.registry import open_registry
     from orchestrator.retention import Retention
-    from orchestrator.tracking import Tracking
-    from pipelines.pretrain import EXPERIMENT
 
-    registry = Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs)
-    retention = Retention(where.runs, registry.needed(), keep=keep, older_than=3600 * older_than)
+    registry, seconds = open_registry(where), 3600 * older_than
+    before = time.time() - seconds
+    retention = Retention(
+        where.runs,
+        registry.needed(retired_before=before),
+        retired=registry.retired(before),
+        keep=keep,
+        older_than=seconds,
+    )
     garbage, uploads = list(retention.garbage()), list(retention.uploads())
     if not dry_run:
         for checkpoint in garbage:

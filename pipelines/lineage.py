@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.promotions import Promotion
+from orchestrator.promotions import Promotion, retired
 from orchestrator.registry import Registry, Version
 from workers.errors import CheckpointError, DataError
 from workers.training.checkpoint import Manifest, open_manifest
@@ -18,6 +18,8 @@ class Node:
     """None if it cannot be had."""
     problem: str
     """Why not; or what of its lineage is not there."""
+    retired: str | None
+    """Why; None if it was not."""
     children: tuple["Node", ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -28,6 +30,7 @@ class Node:
             "fingerprint": self.fingerprint,
             "versions": self.manifest.versions if self.manifest else {},
             "problem": self.problem,
+            "retired": self.retired,
             "children": [child.to_json() for child in self.children],
         }
 
@@ -51,7 +54,7 @@ class Lineage:
     root: Node
     """The oldest ancestor that is registered, with all that came of it."""
     promotions: list[Promotion]
-    """Of all models in it, oldest first."""
+    """Of all models in it, and what else their logs have, oldest first."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -63,7 +66,7 @@ class Lineage:
 
 def lineage(registry: Registry, reference: str) -> Lineage:
     """Of MODEL@ALIAS or MODEL/VERSION."""
-    asked = registry.resolve(reference)
+    asked = registry.find(reference)
     versions = registry.versions()
     by_label = {version.label: version for version in versions}
     holders = {
@@ -75,31 +78,43 @@ def lineage(registry: Registry, reference: str) -> Lineage:
     while (parent := by_label.get(root.parent)) is not None and parent.label not in seen:
         root = parent
         seen.add(root.label)
-    tree = _node(root, versions, holders, frozenset())
+    gone = {
+        f"{model}/{number}": record.reason
+        for model in {version.model for version in versions}
+        for number, record in retired(registry.log.read(model)).items()
+    }
+    tree = _node(root, versions, holders, gone, frozenset())
     models = sorted({version.model for version in _versions(tree)})
     promotions = [promotion for model in models for promotion in registry.log.read(model)]
     return Lineage(asked, tree, sorted(promotions, key=lambda p: p.time))
 
 
 def _node(
-    version: Version, versions: Sequence[Version], holders: set[tuple[str, int, str]], above: frozenset[str]
+    version: Version,
+    versions: Sequence[Version],
+    holders: set[tuple[str, int, str]],
+    gone: Mapping[str, str],
+    above: frozenset[str],
 ) -> Node:
-    """`above`: labels of its ancestors; anybody may edit in MLflow who is whose parent."""
+    """`gone`: why versions were retired. `above`: labels of its ancestors; anybody may edit in MLflow who is
+    whose parent."""
     manifest, problem = None, ""
     try:
         _, manifest = open_manifest(version.manifest, version.digest)
     except (CheckpointError, DataError) as error:
-        problem = str(error)
+        # Nobody keeps the checkpoint of a retired one.
+        problem = "" if version.label in gone else str(error)
     if not problem and version.parent and version.parent not in {other.label for other in versions}:
         problem = f"its parent {version.parent} is not registered any more"
     above |= {version.label}
     children = [
-        _node(child, versions, holders, above)
+        _node(child, versions, holders, gone, above)
         for child in versions
         if child.parent == version.label and child.label not in above
     ]
     aliases = sorted(a for model, number, a in holders if (model, number) == (version.model, version.version))
-    return Node(version, tuple(aliases), manifest, problem, tuple(children))
+    reason = gone.get(version.label)
+    return Node(version, tuple(aliases), manifest, problem, reason, tuple(children))
 
 
 def _versions(node: Node) -> list[Version]:

@@ -1,17 +1,17 @@
 """Move an alias to a version, through the gate, or back."""
 
 from orchestrator.promotions import Promotion
-from orchestrator.registry import Gate, Registry
+from orchestrator.registry import Gate, open_registry
 from orchestrator.site import Site
-from orchestrator.tracking import Tracking
-from pipelines.pretrain import EXPERIMENT
 from workers.errors import ConfigError
 
 
 def promote(site: Site, reference: str, alias: str, gate: Gate) -> Promotion:
     """`reference` is MODEL/VERSION or MODEL@ALIAS; CheckpointError if the gate refuses."""
-    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
-    return registry.promote(registry.resolve(reference), alias, gate)
+    registry = open_registry(site)
+    version = registry.resolve(reference)
+    registry.reconcile(version.model)
+    return registry.promote(version, alias, gate)
 
 
 def roll_back(site: Site, reference: str, version: int | None, reason: str) -> Promotion:
@@ -19,5 +19,6 @@ def roll_back(site: Site, reference: str, version: int | None, reason: str) -> P
     model, at, alias = reference.partition("@")
     if not at:
         raise ConfigError(f"{reference!r}: expected MODEL@ALIAS")
-    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
+    registry = open_registry(site)
+    registry.reconcile(model)
     return registry.roll_back(model, alias, version, reason)

@@ -11,36 +11,51 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from pipelines.terminal import AsJson, SiteFile, console, open_site
+from pipelines.terminal import AsJson, IgnoreMovedAlias, SiteFile, console, errors, open_site
 from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
+    from orchestrator.promotions import Promotion
     from pipelines.lineage import Node
 
 
 def models(
     model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="Retired versions, too.")] = False,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Registered versions with their metrics, parents and aliases.
+    """Registered versions with their metrics, parents and aliases; where MLflow's aliases differ from the log
+    of promotions, it says so and puts them back.
 
     Example: vitscale models
     """
     where = open_site(site)
-    from orchestrator.registry import Registry
-    from orchestrator.tracking import Tracking
-    from pipelines.pretrain import EXPERIMENT
+    from orchestrator.promotions import retired
+    from orchestrator.registry import open_registry
 
-    registry = Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs)
+    registry = open_registry(where)
     versions = registry.versions(model)
+    names = sorted({version.model for version in versions})
+    for change in (change for name in names for change in registry.reconcile(name)):
+        errors.print(f"{change}", markup=False)
+    gone = {
+        (name, number): record
+        for name in names
+        for number, record in retired(registry.log.read(name)).items()
+    }
     holders = {
         (name, promotion.version, alias)
-        for name in {version.model for version in versions}
+        for name in names
         for alias, promotion in registry.log.holders(name).items()
     }
+    versions = [v for v in versions if show_all or (v.model, v.version) not in gone]
     rows = [
-        {**asdict(v), "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version))}
+        {
+            **asdict(v),
+            "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version)),
+            "retired": gone[v.model, v.version].reason if (v.model, v.version) in gone else None,
+        }
         for v in versions
     ]
     if as_json:
@@ -50,7 +65,7 @@ def models(
     for version, row in zip(versions, rows, strict=True):
         measured = version.metrics.get("val_accuracy")
         accuracy = "" if measured is None else f"{measured:.2%}"
-        aliases = ", ".join(row["aliases"])
+        aliases = ", ".join(row["aliases"]) if row["retired"] is None else "retired"
         table.add_row(
             version.model,
             str(version.version),
@@ -61,6 +76,9 @@ def models(
             version.run,
         )
     console.print(table if rows else "no registered models yet; `vitscale train` makes one")
+    for name in names:
+        for alias, when in registry.aliases.moved_by_hand(name).items():
+            console.print(f"{name}@{alias} was last moved by hand in MLflow: {when}", markup=False)
 
 
 def promote(
@@ -125,12 +143,10 @@ def lineage(
     Example: vitscale lineage vit-digits@champion
     """
     where = open_site(site)
-    from orchestrator.registry import Registry
-    from orchestrator.tracking import Tracking
+    from orchestrator.registry import open_registry
     from pipelines.lineage import lineage as find_lineage
-    from pipelines.pretrain import EXPERIMENT
 
-    found = find_lineage(Registry(Tracking(where.mlflow, EXPERIMENT).client, where.runs), model)
+    found = find_lineage(open_registry(where), model)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
         return
@@ -138,13 +154,19 @@ def lineage(
         console.print(f"of {found.root.version.parent}, which is not registered any more")
     console.print(_tree(found.root, found.asked.label))
     for promotion in found.promotions:
-        when = datetime.fromtimestamp(promotion.time).astimezone().isoformat(" ", "seconds")
-        what = "rolled back to" if promotion.rollback else "promoted:"
-        why = f" ({promotion.reason})" if promotion.reason else ""
-        by = f" by {promotion.user}" if promotion.user else ""
-        console.print(
-            escape(f"{when}  {promotion.model}@{promotion.alias} {what} {promotion.version}{by}{why}")
-        )
+        console.print(escape(_line(promotion)))
+
+
+def _line(record: "Promotion") -> str:
+    when = datetime.fromtimestamp(record.time).astimezone().isoformat(" ", "seconds")
+    what = {
+        "promotion": f"{record.model}@{record.alias} "
+        + (f"rolled back to {record.version}" if record.rollback else f"promoted: {record.version}"),
+        "retirement": f"{record.model}/{record.version} retired",
+        "signing": f"{record.model}: the records before signed",
+    }[record.kind]
+    by = f" by {record.user}" if record.user else ""
+    return f"{when}  {what}{by}" + (f" ({record.reason})" if record.reason else "")
 
 
 def _tree(node: "Node", asked: str) -> Tree:
@@ -155,6 +177,7 @@ def _tree(node: "Node", asked: str) -> Tree:
         f"{size_text(version.image_size)} px",
         "" if accuracy is None else f"val {accuracy:.1%}",
         ", ".join(f"@{alias}" for alias in node.aliases),
+        "" if node.retired is None else escape(f"retired: {node.retired}"),
         escape(f"data {node.data}  {node.fingerprint[:12]}") if node.data else "imported",
     ]
     tree = Tree("  ".join(filter(None, cells)))
@@ -212,6 +235,7 @@ def export(
     model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
     out: Annotated[Path, typer.Option(help="File to write; a folder for hf. Must not exist.")],
     format: Annotated[str, typer.Option(help="timm, hf, big_vision or safetensors.")] = "safetensors",
+    ignore_moved_alias: IgnoreMovedAlias = False,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -222,5 +246,5 @@ def export(
     where = open_site(site)
     from pipelines.exchange import export_version
 
-    code = export_version(where, model, format, out)
+    code = export_version(where, model, format, out, ignore_moved_alias=ignore_moved_alias)
     typer.echo(json.dumps({"path": str(out), "python": code}) if as_json else code)

@@ -36,6 +36,13 @@ Config = Annotated[str, typer.Argument(help="A YAML file or the name of a recipe
 RegisterAs = Annotated[
     str | None, typer.Option("--as", help="Name of the registered model. Default: the run's name.")
 ]
+IgnoreMovedAlias = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-moved-alias",
+        help="Take what the log of promotions says, though somebody moved the alias in MLflow.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

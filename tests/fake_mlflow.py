@@ -16,13 +16,15 @@ class Page(list[Any]):
 
 @dataclass
 class FakeMlflow:
-    """The registry's five calls on an MLflow server that keeps two versions to a page."""
+    """The registry's calls on an MLflow server that keeps two versions to a page."""
 
     models: dict[str, list[Any]] = field(default_factory=dict)
     aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     before_alias: Callable[[], object] = lambda: None
     """Called once, just before an alias is set."""
     down: bool = False
+    tags: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of models."""
 
     def _up(self) -> None:
         if self.down:
@@ -33,6 +35,7 @@ class FakeMlflow:
         if name in self.models:
             raise RestException({"error_code": "RESOURCE_ALREADY_EXISTS", "message": name})
         self.models[name] = []
+        self.tags[name] = {}
 
     def create_model_version(self, name: str, source: str, run_id: str, tags: dict[str, str]) -> Any:
         self._up()
@@ -61,3 +64,28 @@ class FakeMlflow:
         act, self.before_alias = self.before_alias, lambda: None
         act()
         self.aliases[name, alias] = version
+
+    def get_registered_model(self, name: str) -> Any:
+        self._up()
+        if name not in self.models:
+            raise RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": name})
+        aliases = {alias: version for (model, alias), version in self.aliases.items() if model == name}
+        return SimpleNamespace(name=name, aliases=aliases, tags=dict(self.tags[name]))
+
+    def get_model_version(self, name: str, version: str) -> Any:
+        self._up()
+        for found in self.models.get(name, ()):
+            if found.version == version:
+                return found
+        raise RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": f"{name}/{version}"})
+
+    def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        self._up()
+        self.aliases.pop((name, alias), None)
+
+    def set_registered_model_tag(self, name: str, key: str, value: str) -> None:
+        self._up()
+        self.tags[name][key] = value
+
+    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+        self.get_model_version(name, version).tags[key] = value

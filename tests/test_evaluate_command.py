@@ -142,9 +142,7 @@ def test_a_registered_version_is_found_by_the_registry(manifest, monkeypatch):
 
     monkeypatch.setattr("orchestrator.registry.Registry.resolve", resolve)
     site = Site(ray="http://127.0.0.1:1", mlflow="http://127.0.0.1:1", data="file:///x", runs="file:///x")
-    monkeypatch.setattr(
-        "orchestrator.tracking.Tracking.__init__", lambda self, *_: setattr(self, "client", None)
-    )
+    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: None)
     checkpoint = find_checkpoint("vit@champion", site)
     assert asked == ["vit@champion"]
     assert (checkpoint.name, checkpoint.url, checkpoint.digest) == ("vit/3", manifest, "0" * 64)

@@ -49,8 +49,8 @@ class FakeTracking:
 @pytest.fixture
 def tracking(monkeypatch: pytest.MonkeyPatch) -> FakeTracking:
     fake = FakeTracking()
-    for module in (pipelines.exchange, pipelines.finetune):
-        monkeypatch.setattr(module, "Tracking", lambda uri, experiment: fake)
+    monkeypatch.setattr(pipelines.exchange, "Tracking", lambda uri, experiment: fake)
+    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: fake.client)
     return fake
 
 

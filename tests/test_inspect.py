@@ -4,7 +4,6 @@ import json
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 import pipelines.inspect as stage
-from orchestrator import tracking
 from orchestrator.job import run_url
 from orchestrator.registry import Registry
 from orchestrator.site import Site
@@ -186,7 +184,7 @@ def test_the_command_prints_a_row_per_block_and_names_the_page(
     """By the registered name."""
     client = FakeMlflow()
     version = Registry(client, runs).register("digits", config, "run-id")
-    monkeypatch.setattr(tracking, "Tracking", lambda uri, experiment: SimpleNamespace(client=client))
+    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: client)
     site = tmp_path / "site.yaml"
     Site(ray="http://127.0.0.1:1", mlflow="http://127.0.0.1:1", data="file:///nowhere", runs=runs).save(site)
     for name in Site.load(site).environment():

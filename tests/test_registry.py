@@ -358,14 +358,17 @@ def test_an_alias_that_was_overtaken_follows_the_log(
     assert mlflow.aliases == {("toy", "champion"): "2"}
 
 
-def test_an_alias_set_by_hand_in_mlflow_means_nothing(
+def test_an_alias_set_by_hand_in_mlflow_is_refused_and_means_nothing(
     registry: Registry, mlflow: FakeMlflow, store_url: str
 ) -> None:
     first, second = registered(registry, store_url, 1), registered(registry, store_url, 2)
     registry.promote(first, "champion", Gate())
     mlflow.set_registered_model_alias("toy", "champion", "2")
     mlflow.set_registered_model_alias("toy", "best", "2")
-    assert registry.resolve("toy@champion") == first
+    with pytest.raises(CheckpointError, match=r"version 2 in MLflow, .* version 1: somebody moved"):
+        registry.resolve("toy@champion")
+    assert registry.resolve("toy@champion", ignore_moved_alias=True) == first
+    assert registry.find("toy@champion") == first
     with pytest.raises(ConfigError, match="toy has no alias 'best'; its aliases: champion"):
         registry.resolve("toy@best")
     mlflow.models["toy"][0].tags[DIGEST_TAG] = second.digest

@@ -8,7 +8,6 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from typer.testing import CliRunner
 
-from orchestrator import tracking
 from orchestrator.retention import Garbage, Retention
 from pipelines.cli import app
 from tests.fake_mlflow import FakeMlflow
@@ -194,7 +192,7 @@ def test_uploads_of_dead_writers_go(store_url: str, tmp_path: Path) -> None:
 
 
 def test_the_command_tells_what_goes(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "Tracking", lambda uri, experiment: SimpleNamespace(client=FakeMlflow()))
+    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: FakeMlflow())
     site = tmp_path / "site.yaml"
     site.write_text(f"{{ray: 'http://x', mlflow: 'http://x', data: 'file:///x', runs: '{store_url}'}}")
     run = Run(store_url, "a")
