@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
@@ -25,6 +24,7 @@ from orchestrator.job import JobSpec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
 from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
+from tests.processes import ray_processes
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import ConfigError, DataError, VitscaleError
@@ -373,7 +373,7 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     command = [*train, *settings, "--as", "stopped", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = wait_for_commit(services)
-    workers = [one for one in psutil.process_iter(["cmdline"]) if is_train_worker(one)]
+    workers = ray_processes(Path(services.runs.removeprefix("file://")).parent, "RayTrainWorker")
     workers[0].send_signal(signal.SIGSTOP)
     output, error = process.communicate(timeout=500)
     assert process.returncode == 0, error
@@ -383,11 +383,6 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     reasons = [json.loads(record.read_bytes())["reason"] for record in run.glob("hangs/*.json")]
     named = f"(pid {workers[0].pid} on {socket.gethostname()}) stood still"
     assert any(named in reason and reason.endswith(", stopped by a signal") for reason in reasons), reasons
-
-
-def is_train_worker(process: psutil.Process) -> bool:
-    """Ray titles a worker's process after its class."""
-    return "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
 
 
 def wait_for_commit(services: Site, seconds: float = 100) -> Path:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-import psutil
 import pytest
 
 from orchestrator import services as local_services
+from tests.processes import ray_processes
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
@@ -161,7 +161,7 @@ def test_a_killed_worker_costs_nothing(journey: Path) -> None:
         [*command, *settings, *site, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     run = wait_for(lambda: new_run(journey, at_least=3))
-    workers = train_workers()
+    workers = ray_processes(journey, "RayTrainWorker")
     assert len(workers) == 2
     workers[0].kill()
     output, error = process.communicate(timeout=300)
@@ -233,13 +233,6 @@ def new_run(journey: Path, at_least: int) -> Path | None:
         if head is not None and not head.complete and head.seq >= at_least:
             return run
     return None
-
-
-def train_workers() -> list[psutil.Process]:
-    """Ray titles a worker's process after its class."""
-    return [
-        p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
-    ]
 
 
 def wait_for(look: Callable[[], Path | None], seconds: float = 120) -> Path:

@@ -15,10 +15,11 @@ import yaml
 
 from orchestrator import services
 from orchestrator.job import run_url
-from orchestrator.processes import State, family, free_port
+from orchestrator.processes import State, free_port
 from tests.chaos.checkpoints import same_run
 from tests.chaos.row import Lab, Row
 from tests.chaos.s3 import as_client, real_store
+from tests.processes import ray_processes
 from tests.runs import BATCH, tiny_config, train_on
 from workers.config import RunConfig
 from workers.storage import open_store
@@ -83,15 +84,7 @@ class LocalCluster:
 
     def processes(self, word: str) -> list[psutil.Process]:
         """Of this cluster's Ray, those whose command line has the word."""
-        ray = family(State.load(self.folder).services["ray"])
-        return [process for process in ray if word in command_line(process)]
-
-
-def command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+        return ray_processes(self.folder, word)
 
 
 def write_config(folder: Path, config: RunConfig) -> Path:

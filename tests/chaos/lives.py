@@ -11,9 +11,10 @@ from orchestrator.daemons import _ray_folder
 from orchestrator.job import run_url
 from orchestrator.processes import State, family
 from tests.chaos.checkpoints import same_run
-from tests.chaos.cluster import PATIENCE, LocalCluster, await_group, command_line, write_config
+from tests.chaos.cluster import PATIENCE, LocalCluster, await_group, write_config
 from tests.chaos.row import Lab, Row
 from tests.chaos.tracking import told_wrongly
+from tests.processes import command_line
 from tests.runs import BATCH, tiny_config, train_on
 from workers.config import RunConfig
 from workers.storage import open_store
