@@ -1,4 +1,5 @@
-"""What the store of runs need not keep: checkpoints that nothing needs, uploads that nobody finishes.
+"""What the store of runs need not keep: checkpoints that nothing needs, with what was measured of them, and
+uploads that nobody finishes.
 
 A checkpoint is needed if its run's log has it among those that count (the newest of them, if only so many
 are to be kept, and none if the run's result was retired), or if a registered version, a promotion, or the
@@ -14,10 +15,11 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.evaluations import ENTRIES
 from orchestrator.job import SPEC
 from workers.errors import CheckpointError
 from workers.storage import NotFound, ObjectInfo, Store, Upload, join_url, open_store
@@ -26,11 +28,15 @@ from workers.training.commits import Commit, CommitLog
 
 KEY = re.compile(r"runs/([^/]+)/(checkpoints/\d+-(\d+))/[^/]+")
 """Run, directory and epoch of a checkpoint's object."""
+MEASURED = re.compile(rf"runs/([^/]+)/({ENTRIES}([0-9a-f]{{16}})-[^/]+)/.+")
+"""Run, folder and beginning of the manifest's digest of what was measured of a checkpoint."""
+EVALUATION = "evaluation"
+"""Why an evaluation goes: its checkpoint is gone."""
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A checkpoint, or what there is of one, that goes."""
+    """A checkpoint, or what there is of one, that goes; or what was measured of one that is gone."""
 
     run: str
     directory: str
@@ -50,6 +56,8 @@ class _Run:
     """Of these."""
     writing: float
     """Epoch from which on a writer may be at work; infinite when the run is complete."""
+    digests: dict[str, str]
+    """Of the manifests of all commits that the log has, by directory."""
 
 
 class Retention:
@@ -71,11 +79,14 @@ class Retention:
         self._store = open_store(runs)
         self._before = time.time() - older_than
         self._objects: defaultdict[tuple[str, str, int], list[ObjectInfo]] = defaultdict(list)
+        self._evaluations: defaultdict[tuple[str, str, str], list[ObjectInfo]] = defaultdict(list)
         # First of all: what is written later is not looked at.
         listed = list(self._store.list("runs/"))
         for info in listed:
             if match := KEY.fullmatch(info.key):
                 self._objects[match[1], match[2], int(match[3])].append(info)
+            elif match := MEASURED.fullmatch(info.key):
+                self._evaluations[match[1], match[2], match[3]].append(info)
         self._runs: dict[str, _Run] = {}
         self._needed = {_tail(url) for url in needed}
         self._retired = {_tail(url) for url in retired}
@@ -84,6 +95,30 @@ class Retention:
         self._needed |= {_tail(url) for url in _asked_for(self._store)}
 
     def garbage(self) -> Iterator[Garbage]:
+        """Checkpoints, then evaluations of those that are gone or go with this."""
+        gone = set()
+        for checkpoint in self._checkpoints():
+            gone.add((checkpoint.run, checkpoint.directory))
+            yield checkpoint
+        for (name, folder, digest), infos in sorted(self._evaluations.items()):
+            if self._has(name, digest, gone) or not all(self._is_old(info.key) for info in infos):
+                continue
+            # Records first: none of those that are left names what is not there.
+            keys = sorted((info.key for info in infos), key=lambda key: (not key.endswith(".json"), key))
+            yield Garbage(name, folder, EVALUATION, keys, sum(info.size for info in infos))
+
+    def _has(self, name: str, digest: str, gone: Collection[tuple[str, str]]) -> bool:
+        """Does the run have a checkpoint whose manifest's digest begins so, or may it?"""
+        there = {
+            directory
+            for (run, directory, _), infos in self._objects.items()
+            if run == name and any(info.key.endswith(MANIFEST) for info in infos)
+        }
+        there = {directory for directory in there if (name, directory) not in gone}
+        known = self._runs[name].digests if name in self._runs else {}
+        return any(known.get(directory, digest).startswith(digest) for directory in there)
+
+    def _checkpoints(self) -> Iterator[Garbage]:
         for (name, directory, epoch), infos in sorted(self._objects.items()):
             reason = self._reason(name, directory, epoch, infos)
             if reason and all(self._is_old(info.key) for info in infos):
@@ -112,7 +147,7 @@ class Retention:
         if lease is None:
             return
         if head is None:
-            self._runs[name] = _Run([], 0, lease.epoch)
+            self._runs[name] = _Run([], 0, lease.epoch, {})
             return
         commits = list(log.lineage_from(head.seq))
         lineage = [commit.manifest.rpartition("/")[0] for commit in commits]
@@ -120,7 +155,9 @@ class Retention:
         out_of_use = head.complete and f"{name}/{lineage[0]}" in self._retired
         if out_of_use:
             num_kept = 0
-        self._runs[name] = _Run(lineage, num_kept, float("inf") if head.complete else lease.epoch)
+        digests = dict(zip(lineage, (commit.digest for commit in commits), strict=True))
+        writing = float("inf") if head.complete else lease.epoch
+        self._runs[name] = _Run(lineage, num_kept, writing, digests)
         if not out_of_use:
             self._needed |= {_tail(url) for url in _origins(_config(store, commits))}
 

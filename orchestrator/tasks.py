@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from ray.job_submission import JobStatus
 
+from orchestrator.capacity import room
 from orchestrator.job_records import clear_reports, read_failure, write_failure
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs, next_job
 from orchestrator.site import Site
-from workers.config import Part
+from workers.config import ComputeConfig, Part
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import AlreadyExists, NotFound, open_store
@@ -45,9 +46,15 @@ class TaskSpec(Part):
     """Of each task; values of JSON."""
     work: str
     """What the tasks write to."""
+    cpus: int = Field(default=1, gt=0)
+    """Of each task."""
+    gpus: int = Field(default=0, ge=0)
+    autoscaling: bool = False
+    """The cluster adds nodes on demand."""
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+        """Without defaults, so that a version that knows more fields means the same tasks."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True).encode()
 
 
 def map_on_cluster(
@@ -57,14 +64,24 @@ def map_on_cluster(
     arguments: Sequence[Sequence[Any]],
     work: str,
     done: Callable[[int], None],
+    *,
+    cpus: int = 1,
+    gpus: int = 0,
 ) -> None:
     """Each task once, in any order, on whatever nodes the site's cluster has; returns when all are done.
 
-    `module` is the job's program, which calls `main` with its table. `done` is told how much more the tasks
-    returned in sum. An interrupt stops the job; a job that an earlier command left running on the same
-    `work` is stopped first.
+    `module` is the job's program, which calls `main` with its table. Each task has `cpus` and `gpus`.
+    `done` is told how much more the tasks returned in sum. An interrupt stops the job; a job that an earlier
+    command left running on the same `work` is stopped first.
     """
-    spec = TaskSpec(function=function, arguments=tuple(map(tuple, arguments)), work=work)
+    spec = TaskSpec(
+        function=function,
+        arguments=tuple(map(tuple, arguments)),
+        work=work,
+        cpus=cpus,
+        gpus=gpus,
+        autoscaling=site.autoscaling,
+    )
     digest = hashlib.sha256(spec.to_bytes()).hexdigest()
     store = open_store(site.runs)
     jobs = RayJobs(site)
@@ -127,7 +144,9 @@ def main(arguments: Sequence[str], table: Table) -> int:
 
 
 def _run(spec: TaskSpec, function: Callable[..., int], report: Callable[[int], None]) -> None:
-    task = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+    _check_room(spec)
+    # By default Ray starts a process anew for each task that has a GPU, and torch with it.
+    task = ray.remote(num_cpus=spec.cpus, num_gpus=spec.gpus, max_retries=RETRIES, max_calls=0)(function)
     waiting = iter(spec.arguments)
     pending: list[Any] = []
     total, reported = 0, time.monotonic()
@@ -144,6 +163,17 @@ def _run(spec: TaskSpec, function: Callable[..., int], report: Callable[[int], N
             with contextlib.suppress(DataError):
                 report(total)
     report(total)
+
+
+def _check_room(spec: TaskSpec) -> None:
+    """ConfigError rather than tasks that wait for ever."""
+    each = ComputeConfig(cpus_per_worker=spec.cpus, gpus_per_worker=spec.gpus)
+    if not spec.autoscaling and not room(each).total:
+        lack = f"{spec.cpus} CPU" + (f" and {spec.gpus} GPU" if spec.gpus else "")
+        raise ConfigError(
+            f"no node of the cluster has {lack}, which each task needs. Ask for less or, if the cluster adds "
+            "nodes on demand, put `autoscaling: true` into the site file"
+        )
 
 
 def _result(reference: Any) -> int:

@@ -1,6 +1,5 @@
 """`vitscale evaluate`: parses, calls pipelines/evaluate.py, prints."""
 
-import json
 import re
 import statistics
 from pathlib import Path
@@ -9,11 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from pipelines.terminal import AsJson, SiteFile, bar, console, open_site, site_if_any
+from pipelines.terminal import (
+    AsJson,
+    IgnoreMovedAlias,
+    SiteFile,
+    bar,
+    console,
+    errors,
+    open_site,
+    site_if_any,
+)
 from workers.errors import ConfigError
 from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
+    from orchestrator.evaluations import Measured
     from pipelines.evaluate import Report
     from workers.evaluation.fewshot import FewShot
 
@@ -58,70 +67,99 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and predictions.parquet (a row per image).")
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, whatever is kept already.")] = False,
+    here: Annotated[
+        bool,
+        typer.Option("--here", help="In this process, not as a job of the cluster; the result is kept, too."),
+    ] = False,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs of each of the job's tasks. Default: those of a worker in training."),
+    ] = None,
+    ignore_moved_alias: IgnoreMovedAlias = False,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a checkpoint over a whole validation set: accuracy, loss and calibration with 95 % intervals.
 
-    Runs in this process, not as a job of the cluster: on a GPU if this machine has one, else on its CPU.
+    A registered version is evaluated by a job of the cluster, and the result with a prediction per image is
+    kept beside it: asked again, it is shown at once. The URL of a MANIFEST.json is evaluated in this process.
 
     Example: vitscale evaluate vit-digits@champion
 
     Example: vitscale evaluate vit-digits/3 --data s3://vitscale/digits --few-shot 1,5,10 --image-size 16
     """
     shots, size = _shots(few_shot), parse_size(image_size) if image_size else None
-    where = site_if_any(site) if "://" in model and (data is None or "://" in data) else open_site(site)
+    by_url = "://" in model
+    where = site_if_any(site) if by_url and (data is None or "://" in data) else open_site(site)
     from pipelines import evaluate as stage
 
-    report = stage.evaluate(
-        stage.find_checkpoint(model, where),
-        data=where.data_url(data) if where and data else data,
-        image_size=size,
-        shots=shots,
-        measure_throughput=throughput,
-        batch_size=batch_size,
-        bar=bar,
-    )
-    if out is not None:
+    report: Report | None = None
+    if by_url or where is None:
+        report = stage.evaluate(
+            stage.find_checkpoint(model, where),
+            data=where.data_url(data) if where and data else data,
+            image_size=size,
+            shots=shots,
+            measure_throughput=throughput,
+            batch_size=batch_size,
+            bar=bar,
+        )
+        measured = report.measured
+    else:
+        measured = stage.evaluate_version(
+            where,
+            model,
+            data=data,
+            image_size=size,
+            console=errors,
+            shots=shots,
+            throughput=throughput,
+            batch_size=batch_size,
+            fresh=fresh,
+            here=here,
+            gpus=gpus,
+            ignore_moved_alias=ignore_moved_alias,
+        )
+        report = stage.read_report(where, measured) if out else None
+    if out is not None and report is not None:
         stage.write_report(report, out)
     if as_json:
-        typer.echo(json.dumps(report.to_json()))
+        typer.echo(measured.model_dump_json())
         return
-    _print(report)
+    _print(measured)
     if out is not None:
         console.print(f"\nwritten: {out / 'metrics.json'}, {out / 'predictions.parquet'}", markup=False)
 
 
-def _print(report: "Report") -> None:
-    result = report.result
-    size = size_text(report.image_size)
+def _print(measured: "Measured") -> None:
+    size, metrics = size_text(measured.image_size), measured.metrics
     console.print(
-        f"{report.checkpoint.name} at {size} px, {result.num_images:,} images of {report.data}, on "
-        f"{report.device}\n",
+        f"{measured.model} at {size} px, {metrics['val_images']:,.0f} images of {measured.data}, on "
+        f"{measured.device}\n",
         markup=False,
     )
-    metrics = result.metrics()
     table = Table("metric", "value", "95 % interval", box=None)
     for name, label in NAMES.items():
         if name in metrics:
             low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
             table.add_row(label, f"{metrics[name]:.4f}", f"{low:.4f} to {high:.4f}")
     console.print(table)
-    if result.bad_samples:
-        console.print(f"{len(result.bad_samples)} damaged images were left out; --json lists them")
-    console.print(_worst_classes(report))
-    console.print(_calibration(report))
-    if report.few_shot:
-        console.print(_few_shot(report.few_shot))
-    if report.throughput:
-        console.print(_throughput(report))
+    if measured.bad_samples:
+        console.print(f"{len(measured.bad_samples)} damaged images were left out; --json lists them")
+    console.print(_worst_classes(measured))
+    console.print(_calibration(measured))
+    if measured.few_shot:
+        console.print(_few_shot(measured.few_shot))
+    if measured.throughput:
+        console.print(_throughput(measured))
 
 
-def _worst_classes(report: "Report") -> Table:
-    images, correct = report.result.class_counts
+def _worst_classes(measured: "Measured") -> Table:
+    images, correct = measured.class_images, measured.class_correct
     rows = [
         (correct[number] / images[number], name, number)
-        for number, name in enumerate(report.classes)
+        for number, name in enumerate(measured.classes)
         if images[number]
     ]
     table = Table("\nworst classes", "\naccuracy", "\nof images", box=None)
@@ -130,9 +168,9 @@ def _worst_classes(report: "Report") -> Table:
     return table
 
 
-def _calibration(report: "Report") -> Table:
+def _calibration(measured: "Measured") -> Table:
     table = Table("\nconfidence", "\nmean", "\naccuracy", "\nof images", box=None)
-    for column in report.result.calibration.bins:
+    for column in measured.calibration:
         table.add_row(
             f"{column.low:.2f} to {column.high:.2f}",
             f"{column.confidence:.4f}",
@@ -161,9 +199,9 @@ def _few_shot(rows: tuple["FewShot", ...]) -> Table:
     return table
 
 
-def _throughput(report: "Report") -> Table:
+def _throughput(measured: "Measured") -> Table:
     table = Table("\nprecision", "\nimages/s", "\nrounds", "\nbatch", "\npeak memory", box=None)
-    for row in report.throughput:
+    for row in measured.throughput:
         memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f} GiB"
         table.add_row(
             row.dtype,

@@ -20,7 +20,8 @@ def gc(
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete checkpoints that no log counts and old ones that nothing needs, and abort unfinished uploads.
+    """Delete checkpoints that no log counts and old ones that nothing needs, with what was measured of them,
+    and abort unfinished uploads.
 
     What a registered version, a promotion, a job or another run needs stays in any case; a version that was
     retired needs nothing.
@@ -29,7 +30,7 @@ def gc(
     """
     where = open_site(site)
     from orchestrator.registry import open_registry
-    from orchestrator.retention import Retention
+    from orchestrator.retention import EVALUATION, Retention
 
     registry, seconds = open_registry(where), 3600 * older_than
     before = time.time() - seconds
@@ -58,5 +59,9 @@ def gc(
         table.add_row(checkpoint.run, checkpoint.directory, checkpoint.reason, *numbers)
     if garbage:
         console.print(table)
+    num_evaluations = sum(item.reason == EVALUATION for item in garbage)
+    count = f"{len(garbage) - num_evaluations} checkpoints"
+    if num_evaluations:
+        count += f", {num_evaluations} evaluations"
     verb = "would go" if dry_run else "gone"
-    console.print(f"{verb}: {len(garbage)} checkpoints, {total:,} bytes; {len(uploads)} unfinished uploads")
+    console.print(f"{verb}: {count}, {total:,} bytes; {len(uploads)} unfinished uploads")

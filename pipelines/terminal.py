@@ -70,8 +70,8 @@ def progress_console(as_json: bool) -> Console:
     return errors if as_json else console
 
 
-def bar(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
-    return _Bar(label)
+def bar(label: str, console: Console = errors) -> AbstractContextManager[Callable[[int, int], None]]:
+    return _Bar(label, console)
 
 
 class _PhaseBars:
@@ -115,15 +115,15 @@ def phase_bars(label: str) -> AbstractContextManager[Callable[[str, int, int], N
 
 
 class _Bar:
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, console: Console) -> None:
         self._bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=errors,
+            console=console,
             transient=True,
-            disable=not errors.is_terminal,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(label, total=None)
 

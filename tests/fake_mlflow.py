@@ -25,6 +25,8 @@ class FakeMlflow:
     down: bool = False
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
     """Of models."""
+    logged: list[tuple[str, str, float]] = field(default_factory=list)
+    """Run, metric, value."""
 
     def _up(self) -> None:
         if self.down:
@@ -89,3 +91,7 @@ class FakeMlflow:
 
     def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
         self.get_model_version(name, version).tags[key] = value
+
+    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        self._up()
+        self.logged += [(run_id, metric.key, metric.value) for metric in metrics]

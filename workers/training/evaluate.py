@@ -16,7 +16,7 @@ from workers.evaluation.predictions import collect, judge
 from workers.evaluation.result import Evaluation
 from workers.training.proofs import merge_ledgers
 
-__all__ = ["Evaluation", "evaluate", "normalize"]
+__all__ = ["Evaluation", "evaluate", "judge_part", "normalize"]
 
 PREFETCH_BATCHES = 2
 
@@ -39,17 +39,54 @@ def evaluate(
     The ranks speak to each other once, after the last image: 20 bytes for each. Nothing waits for the device
     before that. `progress(images done, of how many)` is told of this rank's part.
     """
-    training = model.training
-    model.eval()
     ledger = Ledger(index.num_samples, max_bad_fraction)
     world_size = dist.get_world_size()
     firsts = [rank * index.num_samples // world_size for rank in range(world_size + 1)]
-    own = firsts[dist.get_rank() + 1] - firsts[dist.get_rank()]
+    judged = judge_part(
+        model,
+        config,
+        index,
+        part=dist.get_rank(),
+        num_parts=world_size,
+        ledger=ledger,
+        batch_size=batch_size,
+        decode_threads=decode_threads,
+        cache=cache,
+        device=device,
+        progress=progress,
+    )
+    shares = _all_shares(judged, firsts)
+    merge_ledgers([ledger], device)
+    return Evaluation.of(collect(shares, firsts[:-1]), config.num_classes, ledger.entries())
+
+
+@torch.no_grad()
+def judge_part(
+    model: nn.Module,
+    config: ModelConfig,
+    index: DatasetIndex,
+    *,
+    part: int,
+    num_parts: int,
+    ledger: Ledger,
+    batch_size: int,
+    decode_threads: int = 1,
+    cache: Cache | None = None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """What `judge` says of a part of the set, one of `num_parts` without gaps: int32 (5, n) on the device.
+
+    n is that of the largest part, rounded up to whole batches: what is beyond a part's own has label -1.
+    """
+    training = model.training
+    model.eval()
+    own = (part + 1) * index.num_samples // num_parts - part * index.num_samples // num_parts
     batches = validation_batches(
         index,
         batch_size=batch_size,
-        rank=dist.get_rank(),
-        world_size=world_size,
+        rank=part,
+        world_size=num_parts,
         image_size=config.image_size,
         channels=config.channels,
         ledger=ledger,
@@ -63,10 +100,8 @@ def evaluate(
         judged.append(judge(logits, to_device(batch.labels, device), to_device(batch.weights, device)))
         if progress:
             progress(min(number * batch_size, own), own)
-    shares = _all_shares(torch.cat(judged, dim=1), firsts)
-    merge_ledgers([ledger], device)
     model.train(training)
-    return Evaluation.of(collect(shares, firsts[:-1]), config.num_classes, ledger.entries())
+    return torch.cat(judged, dim=1)
 
 
 def normalize(images: Tensor) -> Tensor:
