@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-quality down clean
+.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-recovery bench-quality down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ bench-train: $(READY)  ## a training step on the CPU against timm's and Hugging 
 
 bench-commit: $(READY)  ## how long a commit holds training up, and how fast it gets to the store; needs Ceph, too
 	$(BIN)/python -m tests.benchmarks.commit $(ARGS)
+
+bench-recovery: $(READY)  ## how long after a worker's death a run goes on, beside Ray's own restart
+	$(BIN)/python -m tests.benchmarks.recovery $(ARGS)
 
 bench-quality: $(READY)  ## what models learn: resolutions of fine-tuning, ViT from scratch; a GPU, or many hours
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
