@@ -23,14 +23,18 @@ class Cluster:
     def __init__(self, site: Site) -> None:
         self._jobs = RayJobs(site)
 
+    def refuse_second_writer(self, spec: JobSpec) -> None:
+        """VitscaleError if a running job of another specification trains one of these runs.
+
+        Two such would take the run's lease from each other in turns, and neither would commit."""
+        _refuse_second_writer(spec, self._jobs.all())
+
     def start(self, spec: JobSpec) -> str:
         """The running job of this specification if there is one, else a new one; returns its id."""
         jobs = self._jobs.all()
         job, runs_already = next_job(spec.digest[:16], jobs)
         if not runs_already:
-            _refuse_second_writer(
-                spec, {j: details for j, details in jobs.items() if details.status not in ENDED}
-            )
+            _refuse_second_writer(spec, jobs)
             write_spec(spec)
             clear_reports(open_store(spec.runs), job)
             names = ",".join(config.run for config in spec.configs)
@@ -57,10 +61,11 @@ class Cluster:
             self._jobs.stop(found[0])
 
 
-def _refuse_second_writer(spec: JobSpec, running: Mapping[str, JobDetails]) -> None:
-    """Two jobs that train one run would take its lease from each other in turns, and neither would commit."""
+def _refuse_second_writer(spec: JobSpec, jobs: Mapping[str, JobDetails]) -> None:
     ours = {config.run for config in spec.configs}
-    for job, details in running.items():
+    for job, details in jobs.items():
+        if details.status in ENDED or job.startswith(f"{spec.digest[:16]}-"):
+            continue
         both = sorted(ours & set((details.metadata or {}).get(RUNS, "").split(",")))
         if both:
             raise VitscaleError(

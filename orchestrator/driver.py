@@ -22,7 +22,7 @@ from orchestrator.job import JobSpec, is_complete, read_spec, run_head
 from orchestrator.job_records import read_stop, write_done, write_failure, write_note, write_stop
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
-from orchestrator.tracking import JobRuns
+from orchestrator.tracking import JobRuns, Tracking
 from workers.config import RunConfig
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store, probe
@@ -93,21 +93,26 @@ def run_job(spec: JobSpec, job: str) -> None:
     except BaseException as error:
         # SystemExit is Ray's way to stop a job. What went wrong matters more than that MLflow is down too.
         stopped = isinstance(error, Stopped) or not isinstance(error, Exception)
-        with contextlib.suppress(DataError):
-            runs.end("KILLED" if stopped else "FAILED")
+        with contextlib.suppress(VitscaleError):
+            # What is complete counts, whatever became of the others.
+            _register(spec, runs, runs.end("KILLED" if stopped else "FAILED"))
         raise
     try:
-        tracking = runs.end("FINISHED", patience=TRACKING_PATIENCE)
-        if spec.register_as:
-            registry = Registry(tracking.client, spec.runs)
-            for config in spec.configs:
-                registry.register(spec.register_as, config, runs.ids[config.run])
+        _register(spec, runs, runs.end("FINISHED", patience=TRACKING_PATIENCE))
     except DataError as error:
         kind = Unavailable if isinstance(error, Unavailable) else DataError
         raise kind(
             f"training is complete and committed, but not recorded: {error}; then the same command records it"
         ) from error
     write_done(open_store(spec.runs), spec.digest)
+
+
+def _register(spec: JobSpec, runs: JobRuns, tracking: Tracking) -> None:
+    """The versions of runs that are complete, in the order in which they were asked for."""
+    registry = Registry(tracking.client, spec.runs)
+    for config, model in zip(spec.configs, spec.models, strict=True):
+        if model is not None and is_complete(spec.runs, config):
+            registry.register(model, config, runs.ids[config.run])
 
 
 def _fit_all(spec: JobSpec, job: str) -> None:

@@ -34,15 +34,24 @@ class JobSpec(Part):
     tags: dict[str, str] = Field(default_factory=dict)
     register_as: str | None = None
     """Name of the registered model whose next version the run's result becomes."""
+    register_each: tuple[str, ...] = ()
+    """Instead of that: such a name for each of the runs."""
     autoscaling: bool = False
     """The cluster adds nodes on demand: runs that do not fit wait for them."""
 
     @model_validator(mode="after")
     def _can_be_registered(self) -> Self:
         # Now, and not when the training is done.
-        if self.register_as is not None:
-            check_name(self.register_as, "model")
+        for name in filter(None, self.models):
+            check_name(name, "model")
+        if self.register_each and (self.register_as or len(self.register_each) != len(self.configs)):
+            raise ValueError("register_each: expected a name for each of configs, and no register_as")
         return self
+
+    @property
+    def models(self) -> tuple[str | None, ...]:
+        """What each of the runs becomes a version of."""
+        return self.register_each or (self.register_as,) * len(self.configs)
 
     @property
     def digest(self) -> str:

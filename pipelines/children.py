@@ -27,18 +27,21 @@ def fine_tune(
     image_size: int | tuple[int, int],
     epochs: float,
     recipe: FineTuning = "adamw",
+    new_head: bool | None = None,
 ) -> RunConfig:
     """A model at another resolution from its weights; `parent` trained it, unless it came from elsewhere.
 
     `recipe` is one of the functions below. Dropout and the hidden layer of the head end with pretraining;
-    without the latter, and with `paper`, the head is a new one, which starts at zero.
+    without the latter, and with `paper`, the head is a new one, which starts at zero. `new_head` says
+    otherwise; None: as the recipe and `init` have it.
     """
     images = data.images(epochs)
     base = parent or _of_elsewhere(model, data, init, images)
     optim, augment, batch_size = _FINE_TUNINGS[recipe](parent, base.data.augment, images)
     train = data.training(images, global_batch_size=batch_size, eval_epochs=2, checkpoint_epochs=5)
     child = {"image_size": image_size, "num_classes": len(data.classes), "hidden_head": False, "dropout": 0.0}
-    new_head = init.new_head or model.hidden_head or recipe == "paper"
+    if new_head is None:
+        new_head = init.new_head or model.hidden_head or recipe == "paper"
     changes = {
         "name": f"{base.name}-{pixels(image_size)}",
         "model": model.model_copy(update=child),

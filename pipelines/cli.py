@@ -12,6 +12,7 @@ import typer
 
 from pipelines import data_commands, registry_commands, run_commands, selftest_commands, training_commands
 from pipelines.evaluate_command import evaluate
+from pipelines.finetune_command import finetune
 from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
 from pipelines.retire_command import retire, sign
@@ -155,7 +156,7 @@ app.command()(run_commands.status)
 app.command()(run_commands.logs)
 app.command()(run_commands.stop)
 app.command()(run_commands.supervise)
-app.command()(training_commands.finetune)
+app.command()(finetune)
 app.command()(training_commands.cooldown)
 app.command()(evaluate)
 app.command()(inspect)

@@ -1,14 +1,14 @@
 """Train a configuration on the cluster and register the result; done work is found and not done again."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from orchestrator.cluster import Cluster
-from orchestrator.job import JobSpec, name_runs, run_head
+from orchestrator.job import JobSpec, name_runs, run_head, write_spec
 from orchestrator.job_records import wish
 from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
@@ -50,28 +50,44 @@ def read_config(source: str | Mapping[str, Any], data: str | None, overrides: It
 
 def train(site: Site, config: RunConfig, *, register_as: str, label: str, console: Console) -> Version:
     """Attached: shows progress and returns the registered version; an interrupt stops the job."""
-    tracking = Tracking(site.mlflow, EXPERIMENT)
-    registry = Registry(tracking.client, site.runs)
-    done = find_version(registry, site, config, register_as)
-    if done is not None:
-        return done
-    run_job(site, make_spec(site, config, register_as, label), label, console)
-    version = find_version(registry, site, config, register_as)
-    assert version is not None, "the driver registers what it completes"
+    (version,) = train_all(site, [(config, register_as)], label=label, console=console)
     return version
 
 
-def make_spec(site: Site, config: RunConfig, register_as: str, label: str) -> JobSpec:
-    """Of the job that trains one run."""
+def train_all(
+    site: Site, runs: Sequence[tuple[RunConfig, str]], *, label: str, console: Console
+) -> list[Version]:
+    """Likewise for several runs, each with the name of its model: one job, whose worker groups they share."""
+    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
+    found = find_versions(registry, site, runs)
+    if None in found:
+        run_job(site, make_spec(site, runs, label), label, console)
+        found = find_versions(registry, site, runs)
+    versions = [version for version in found if version is not None]
+    assert len(versions) == len(runs), "the driver registers what it completes"
+    return versions
+
+
+def make_spec(site: Site, runs: Sequence[tuple[RunConfig, str]], label: str) -> JobSpec:
+    """Of the job that trains these runs, each with the name of its model."""
+    models = tuple(model for _, model in runs)
     return JobSpec(
-        configs=(config,),
+        configs=tuple(config for config, _ in runs),
         runs=site.runs,
         mlflow=site.mlflow,
         experiment=EXPERIMENT,
         tags={"vitscale.stage": label},
-        register_as=register_as,
+        register_as=models[0] if len(models) == 1 else None,
+        register_each=models if len(models) > 1 else (),
         autoscaling=site.autoscaling,
     )
+
+
+def find_versions(
+    registry: Registry, site: Site, runs: Sequence[tuple[RunConfig, str]]
+) -> list[Version | None]:
+    """What each of them was registered as; None of those that are not there yet."""
+    return [find_version(registry, site, config, model) for config, model in runs]
 
 
 def find_version(registry: Registry, site: Site, config: RunConfig, model: str) -> Version | None:
@@ -105,13 +121,17 @@ def run_job(site: Site, spec: JobSpec, label: str, console: Console) -> None:
 def submit(site: Site, spec: JobSpec) -> Supervisor:
     """Start the job, or join it if it is running already; what keeps it alive from now on."""
     store, cluster = open_store(spec.runs), Cluster(site)
+    cluster.refuse_second_writer(spec)
+    # In this order, whoever dies in between leaves nothing that runs and is not known, nor anything that is
+    # wished and cannot be started by `vitscale supervise`.
+    write_spec(spec)
+    name_runs(store, spec)
     wish(store, spec.digest, running=True)
     try:
         job = cluster.start(spec)
     except VitscaleError:
         wish(store, spec.digest, running=False)
         raise
-    name_runs(store, spec)
     return Supervisor(site, spec, job)
 
 

@@ -44,7 +44,7 @@ def submit(
     from pipelines import pretrain
 
     run = pretrain.read_config(config, where.data_url(data) if data else None, overrides or [])
-    spec = pretrain.make_spec(where, run, register_as or run.name, f"train {run.name}")
+    spec = pretrain.make_spec(where, [(run, register_as or run.name)], f"train {run.name}")
     job = pretrain.submit(where, spec).job
     if as_json:
         typer.echo(json.dumps({"run": run.run, "job": job}))

@@ -18,7 +18,7 @@ from pipelines.terminal import (
     open_site,
     progress_console,
 )
-from workers.models.sizes import parse_size, size_text
+from workers.models.sizes import size_text
 
 if TYPE_CHECKING:
     from orchestrator.registry import Version
@@ -68,48 +68,7 @@ def train(
         label=f"train {run.name}",
         console=progress_console(as_json),
     )
-    _print_version(version, as_json)
-
-
-def finetune(
-    model: Annotated[str, typer.Argument(help="MODEL@ALIAS or MODEL/VERSION.")],
-    image_size: Annotated[
-        str,
-        typer.Option(
-            help="Pixels per side, or HEIGHTxWIDTH as 224x320; multiples of the model's patch size."
-        ),
-    ],
-    data: DataRoot = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the training images.")] = 20.0,
-    recipe: Annotated[
-        str, typer.Option(help="adamw; paper (SGD, as the ViT paper); deit3 (as DeiT-III).")
-    ] = "adamw",
-    overrides: Overrides = None,
-    register_as: Annotated[
-        str | None, typer.Option("--as", help="Name of the registered model. Default: MODEL-<size>px.")
-    ] = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fine-tune a registered checkpoint at another resolution; position embeddings are resampled bicubically.
-
-    Example: vitscale finetune vit-digits@champion --image-size 16
-    """
-    where = open_site(site)
-    from pipelines.finetune import finetune as run_finetune
-    from pipelines.finetune import finetune_config
-
-    run = finetune_config(
-        where,
-        model,
-        image_size=parse_size(image_size),
-        data=where.data_url(data) if data else None,
-        epochs=epochs,
-        recipe=recipe,
-        overrides=overrides or [],
-    )
-    version = run_finetune(where, run, register_as=register_as, console=progress_console(as_json))
-    _print_version(version, as_json)
+    print_version(version, as_json)
 
 
 def cooldown(
@@ -144,7 +103,7 @@ def cooldown(
         label=f"cooldown {config.name}",
         console=progress_console(as_json),
     )
-    _print_version(version, as_json)
+    print_version(version, as_json)
 
 
 def scale(
@@ -171,7 +130,7 @@ def scale(
     console.print(ladder.as_table(results, laws))
 
 
-def _print_version(version: "Version", as_json: bool) -> None:
+def print_version(version: "Version", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(version)))
         return

@@ -201,6 +201,9 @@ class OptimConfig(Part):
     clip_norm: float = Field(default=1.0, gt=0)
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Each block's learning rate is this times that of the block above (Clark et al. 2020; BEiT)."""
+    freeze: str = "none"
+    """What stays as the parent has it: none; patch_embedding; blocks:N, which is all before the first block
+    and the first N blocks; backbone, which is all but the head."""
     schedule: Literal["cosine", "linear", "rsqrt", "constant"] = "cosine"
     warmup_images: int = Field(default=0, ge=0)
     decay_images: int | None = Field(default=None, gt=0)
@@ -219,6 +222,10 @@ class OptimConfig(Part):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if not re.fullmatch(r"none|patch_embedding|blocks:[1-9]\d{0,3}|backbone", self.freeze):
+            raise ValueError(
+                f"freeze: {self.freeze!r} is none of none, patch_embedding, blocks:N (N > 0), backbone"
+            )
         if self.schedule in ("rsqrt", "constant"):
             if self.decay_images is not None:
                 raise ValueError(f"decay_images: {self.schedule} has no end; cosine and linear have")
@@ -397,11 +404,26 @@ class RunConfig(Part):
             raise ValueError(f"compute.workers {counts[-1]} exceeds data.lanes {lanes}; raise data.lanes")
         if self.init is not None and self.fork is not None:
             raise ValueError("init, fork: a run starts from weights, or goes on from a checkpoint, not both")
+        self._check_freeze()
         if self.optim.cooldown_images > self.train.images:
             raise ValueError(
                 f"optim.cooldown_images {self.optim.cooldown_images} exceeds train.images {self.train.images}"
             )
         return self
+
+    def _check_freeze(self) -> None:
+        freeze = self.optim.freeze
+        if freeze == "none":
+            return
+        if self.init is None and self.fork is None:
+            raise ValueError(
+                f"optim.freeze: {freeze} is for runs with a parent (init), whose weights it keeps"
+            )
+        if self.model.family == "resnet":
+            raise ValueError(f"optim.freeze: {freeze} is for ViTs and hybrids")
+        depth = self.model.spec.size.depth
+        if freeze.startswith("blocks:") and int(freeze.removeprefix("blocks:")) > depth:
+            raise ValueError(f"optim.freeze: {freeze}, but model.size {self.model.size} has {depth} blocks")
 
     @property
     def digest(self) -> str:

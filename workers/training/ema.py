@@ -28,15 +28,16 @@ class Average:
             name: parameter.detach().clone() for name, parameter in model.named_parameters()
         }
         """By the parameters' names, placed as they are."""
-        self._parameters = list(model.parameters())
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
 
     @torch.no_grad()
     def update(self, images_in_step: int, images_seen: int, bad: Tensor | None = None) -> None:
         """After a step; `images_seen` counts that step's. A bad one, see `guarded`, moves nothing."""
         share = 1 - decay(images_in_step, images_seen, self.ema_images)
-        averages = locals_of(self.tensors.values())
+        # The average of what does not move is itself, to the last bit.
+        averages = locals_of(self.tensors[name] for name in self._trained)
         guarded.scale(averages, 1 - share, bad)
-        guarded.add(averages, locals_of(self._parameters), share, bad)
+        guarded.add(averages, locals_of(self._trained.values()), share, bad)
 
     @contextlib.contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:

@@ -28,6 +28,7 @@ from workers.training.drill import BATCHES, Drill
 from workers.training.ema import Average
 from workers.training.evaluate import Evaluation, evaluate
 from workers.training.feed import Feed
+from workers.training.freeze import freeze
 from workers.training.inputs import cache_of, check_compute, make_sources, open_data
 from workers.training.loss import initial_head_bias
 from workers.training.meter import Meter
@@ -111,6 +112,7 @@ def _train_under(
         if config.init.new_head:
             _set_head_bias(config, model)
         resize = describe_resize(config.init, model, config.model, validation, device)
+    freeze(model, config.optim.freeze)
     model = parallelize(model, config.compute, config.train.precision, device)
     share = sum(source.share(world_size) for source in sources)
     microbatch_size = choose_microbatch_size(model, config, share, device)

@@ -46,7 +46,8 @@ def _fitting(model: nn.Module, config: RunConfig, device: torch.device) -> int:
     small, large = (_peak_bytes(model, config, images, device) for images in PROBED)
     per_image = max(1.0, (large - small) / (PROBED[1] - PROBED[0]))
     sharded = sum(rows.nbytes for rows in locals_of(model.parameters()))
-    moments = (MOMENTS[config.optim.optimizer] + bool(config.optim.ema_images)) * sharded
+    trained = sum(rows.nbytes for rows in locals_of(p for p in model.parameters() if p.requires_grad))
+    moments = MOMENTS[config.optim.optimizer] * trained + bool(config.optim.ema_images) * sharded
     total = torch.cuda.get_device_properties(device).total_memory * (1 - RESERVE)
     return int((total - moments - small) / per_image) + PROBED[0]
 

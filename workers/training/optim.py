@@ -38,7 +38,9 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[Optimizer]:
         return [_make(config.optimizer, named, model, config)]
     matrices = [(name, value) for name, value in named if name.startswith("blocks.") and value.ndim == 2]
     if not matrices:
-        raise ConfigError("optim.optimizer: muon is for the matrices of a ViT's blocks; choose adamw")
+        raise ConfigError(
+            "optim.optimizer: muon is for the matrices of a ViT's blocks, and none is trained; choose adamw"
+        )
     chosen = {name for name, _ in matrices}
     rest = [(name, value) for name, value in named if name not in chosen]
     return [_make("muon", matrices, model, config), _make("adamw", rest, model, config)]
@@ -141,7 +143,7 @@ def _groups(named: Named, model: nn.Module, config: OptimConfig) -> list[dict[st
     groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, value in named:
         spared = value.ndim <= 1 or name in TOKENS
-        layer = _layer(name, depth)
+        layer = layer_of(name, depth)
         group = {
             "params": [],
             "weight_decay": 0.0 if spared else config.weight_decay,
@@ -152,7 +154,7 @@ def _groups(named: Named, model: nn.Module, config: OptimConfig) -> list[dict[st
     return [groups[key] for key in sorted(groups)]
 
 
-def _layer(name: str, depth: int) -> int:
+def layer_of(name: str, depth: int) -> int:
     """0: embeddings, n + 1: block n, depth + 1: the head and a pool's own layers. The last norm of tokens
     goes with the last block, as in timm's `param_groups_layer_decay`."""
     if block := re.match(r"blocks\.(\d+)\.", name):
