@@ -42,8 +42,9 @@ class JobSpec(Part):
     @model_validator(mode="after")
     def _can_be_registered(self) -> Self:
         # Now, and not when the training is done.
-        for name in filter(None, self.models):
-            check_name(name, "model")
+        for name in self.models:
+            if name is not None:
+                check_name(name, "model")
         if self.register_each and (self.register_as or len(self.register_each) != len(self.configs)):
             raise ValueError("register_each: expected a name for each of configs, and no register_as")
         return self

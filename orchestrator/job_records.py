@@ -59,12 +59,22 @@ def wish(store: Store, digest: str, *, running: bool) -> None:
         store.delete(_restarts_key(digest))
 
 
-def is_wished(store: Store, digest: str) -> bool:
-    """Is this specification to get done? Not if nobody ever asked for that, or somebody stopped it."""
+def unwish(store: Store, digest: str) -> None:
+    """As if nobody had asked: the job could not be started."""
+    store.delete(_wish_key(digest))
+
+
+def read_wish(store: Store, digest: str) -> bool | None:
+    """False if somebody stopped it, None if nobody has asked for it."""
     try:
         return bool(json.loads(store.read(_wish_key(digest)))["running"])
     except NotFound:
-        return False
+        return None
+
+
+def is_wished(store: Store, digest: str) -> bool:
+    """Is this specification to get done? Not if nobody ever asked for that, or somebody stopped it."""
+    return bool(read_wish(store, digest))
 
 
 def write_stop(store: Store, job: str, reason: str) -> None:

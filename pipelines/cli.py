@@ -15,8 +15,10 @@ from pipelines.evaluate_command import evaluate
 from pipelines.finetune_command import finetune
 from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
+from pipelines.pipeline_command import run
 from pipelines.retire_command import retire, sign
 from pipelines.terminal import console, errors
+from pipelines.watch_command import watch
 from workers.errors import ConfigError, VitscaleError
 
 if TYPE_CHECKING:
@@ -158,6 +160,8 @@ app.command()(run_commands.stop)
 app.command()(run_commands.supervise)
 app.command()(finetune)
 app.command()(training_commands.cooldown)
+app.command()(run)
+app.command()(watch)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(registry_commands.models)

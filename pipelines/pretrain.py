@@ -9,11 +9,10 @@ from rich.console import Console
 
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, name_runs, run_head, write_spec
-from orchestrator.job_records import wish
-from orchestrator.registry import Registry, Version
+from orchestrator.job_records import unwish, wish
+from orchestrator.registry import Registry, Version, open_registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
-from orchestrator.tracking import Tracking
 from pipelines.interrupts import Interrupts
 from pipelines.progress import JobProgress
 from pipelines.recipes import RECIPES, read_facts
@@ -27,17 +26,24 @@ EXPERIMENT = "vitscale"
 POLL_SECONDS = 0.5
 
 
-def read_config(source: str | Mapping[str, Any], data: str | None, overrides: Iterable[str]) -> RunConfig:
+def read_config(
+    source: str | Mapping[str, Any],
+    data: str | None,
+    overrides: Iterable[str],
+    *,
+    epochs: float | None = None,
+) -> RunConfig:
     """The configuration that a recipe's name, a YAML file or its fields, and overrides make; complete.
 
-    `data` is the root of a data set as `vitscale ingest` leaves it; recipes need it.
+    `data` is the root of a data set as `vitscale ingest` leaves it; recipes need it. `epochs`: of a recipe.
     """
     if not isinstance(source, str):
         values = dict(source)
     elif source in RECIPES:
         if data is None:
             raise ConfigError(f"recipe {source} needs --data URL, the root that `vitscale ingest` wrote")
-        values = RECIPES[source](read_facts(data)).model_dump(mode="json")
+        length = {} if epochs is None else {"epochs": epochs}
+        values = RECIPES[source](read_facts(data), **length).model_dump(mode="json")
     elif Path(source).exists():
         values = read_yaml(Path(source))
     else:
@@ -58,7 +64,7 @@ def train_all(
     site: Site, runs: Sequence[tuple[RunConfig, str]], *, label: str, console: Console
 ) -> list[Version]:
     """Likewise for several runs, each with the name of its model: one job, whose worker groups they share."""
-    registry = Registry(Tracking(site.mlflow, EXPERIMENT).client, site.runs)
+    registry = open_registry(site)
     found = find_versions(registry, site, runs)
     if None in found:
         run_job(site, make_spec(site, runs, label), label, console)
@@ -130,7 +136,7 @@ def submit(site: Site, spec: JobSpec) -> Supervisor:
     try:
         job = cluster.start(spec)
     except VitscaleError:
-        wish(store, spec.digest, running=False)
+        unwish(store, spec.digest)
         raise
     return Supervisor(site, spec, job)
 
