@@ -88,9 +88,9 @@ def finetune_config(
     return config
 
 
-def find_parent(site: Site, reference: str) -> Version:
+def find_parent(site: Site, reference: str, *, ignore_moved_alias: bool = False) -> Version:
     """Of MODEL@ALIAS or MODEL/VERSION."""
-    return open_registry(site).resolve(reference)
+    return open_registry(site).resolve(reference, ignore_moved_alias=ignore_moved_alias)
 
 
 def finetune(site: Site, config: RunConfig, *, register_as: str | None, console: Console) -> Version:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from pipelines.terminal import AsJson, DataRoot, Overrides, SiteFile, console, open_site, progress_console
+from pipelines.terminal import (
+    AsJson,
+    DataRoot,
+    IgnoreMovedAlias,
+    Overrides,
+    SiteFile,
+    console,
+    open_site,
+    progress_console,
+)
 from pipelines.training_commands import print_version
 from workers.models.sizes import parse_size, size_text
 
@@ -58,6 +67,7 @@ def finetune(
             help="Name of the registered model; of several, followed by the size. Default: MODEL-<size>px.",
         ),
     ] = None,
+    ignore_moved_alias: IgnoreMovedAlias = False,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +88,8 @@ def finetune(
         new_head=new_head,
         overrides=as_overrides(layer_decay, freeze, overrides),
     )
-    configs = finetune_configs(where, find_parent(where, model), tuning)
+    parent = find_parent(where, model, ignore_moved_alias=ignore_moved_alias)
+    configs = finetune_configs(where, parent, tuning)
     versions = finetune_all(where, configs, register_as=register_as, console=progress_console(as_json))
     if len(versions) == 1:
         print_version(versions[0], as_json)

@@ -22,6 +22,13 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(1500)]
 
 VITSCALE = [sys.executable, "-m", "pipelines.cli"]
 EFFORT = ["--effort", "0.03"]
+PIPELINE = """\
+name: tiny
+stages:
+  child: {finetune: vit-digits@champion, image_sizes: [12], epochs: 0.5}
+  measured: {evaluate: child}
+  promoted: {promote: measured, to: champion, gate: {metric: val_accuracy, minimum: 0.0}}
+"""
 
 
 def vitscale(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -181,6 +188,50 @@ def test_the_lineage_of_the_champion_is_told(journey: Path) -> None:
     assert [promotion["version"] for promotion in told["promotions"]] == [1]
     said = vitscale("lineage", "vit-digits@champion", *site).stdout
     assert "@champion" in said and "16 px" in said
+
+
+def test_a_pipeline_that_is_killed_goes_on_and_is_seen_in_mlflow(journey: Path) -> None:
+    site = ("--site", str(journey / "site.yaml"))
+    file = journey / "pipeline.yaml"
+    file.write_text(PIPELINE)
+    process = subprocess.Popen(
+        [*VITSCALE, "run", str(file), *site], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    run = wait_for(lambda: next(iter((journey / "runs" / "runs").glob("vit-digits-12px-*")), None))
+    process.kill()
+    process.wait()
+    done = vitscale("run", str(file), "--json", *site)
+    assert done.returncode == 0, done.stderr
+    stages = {stage["name"]: stage for stage in json.loads(done.stdout)["stages"]}
+    assert [(stage["state"], stage["before"]) for stage in stages.values()] == 3 * [("done", False)]
+    assert stages["child"]["runs"] == [run.name]
+    assert heads(journey)[run.name][0] == 1  # one group has trained it
+    assert stages["promoted"]["versions"] == ["vit-digits-12px/1"]
+    again = json.loads(vitscale("run", str(file), "--json", *site).stdout)
+    assert all(stage["before"] for stage in again["stages"])
+    # The child is there, so there is nothing for a watch to do.
+    watched = vitscale("watch", "vit-digits", "--image-size", "12", "--epochs", "0.5", "--once", *site)
+    assert "has its children: vit-digits-12px/1" in watched.stdout, watched.stderr
+    script = """
+import json, os, sys
+from pathlib import Path
+from orchestrator.site import Site
+site = Site.load(Path(sys.argv[1])); os.environ.update(site.environment())
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+(run,) = client.search_runs(["1"], f"tags.`vitscale.run` = '{sys.argv[2]}'")
+(child,) = client.search_runs(["1"], f"tags.`vitscale.run` = '{sys.argv[3]}'")
+nested = child.data.tags["mlflow.parentRunId"] == run.info.run_id
+print(json.dumps([run.info.status, run.data.tags, run.data.params, nested]))
+"""
+    arguments = [str(journey / "site.yaml"), again["mlflow_run"], run.name]
+    seen = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=100
+    )
+    status, tags, params, nested = json.loads(seen.stdout)
+    assert (status, nested) == ("FINISHED", True), seen.stderr
+    assert (tags["stage.child.state"], tags["stage.promoted.version"]) == ("done", "vit-digits-12px/1")
+    assert params["stages.child.finetune"] == "vit-digits@champion"
 
 
 def test_refusals_are_one_line_and_change_nothing(journey: Path) -> None:

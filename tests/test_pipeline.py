@@ -1,6 +1,7 @@
 """A pipeline's stages: each is done once, whoever dies; what was changed is done again, and no more."""
 
 import contextlib
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from orchestrator.job import is_complete
 from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
+from pipelines.cli import app
 from pipelines.pipeline import work
 from pipelines.pipeline.file import read_pipeline
 from pipelines.pipeline.records import StageRecords
@@ -24,9 +27,10 @@ from tests.test_pipeline_file import DIGITS
 from tests.test_registry import finish
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError, VitscaleError
+from workers.storage import Unavailable
 
 NAMES = list(yaml.safe_load(DIGITS.read_text())["stages"])
-TINY = ["stages.images.limit=100", "stages.pretrain.set.model.size=digits-xs"]
+TINY = ["stages.images={ingest: digits, to: data, limit: 400}", "stages.pretrain.set.model.size=digits-xs"]
 
 
 class Died(BaseException):
@@ -34,9 +38,10 @@ class Died(BaseException):
 
 
 @pytest.fixture
-def site(mlflow: FakeMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+def site(mlflow: FakeMlflow, tmp_path: Path, digits_url: str, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """With digits that are there already."""
     monkeypatch.setattr("orchestrator.registry.connect", lambda uri: mlflow)
-    roots = {"runs": (tmp_path / "runs").as_uri(), "data": (tmp_path / "data").as_uri()}
+    roots = {"runs": (tmp_path / "runs").as_uri(), "data": digits_url.rpartition("/")[0]}
     return SITE.model_copy(update=roots)
 
 
@@ -174,7 +179,7 @@ def test_a_plan_does_nothing(site: Site, done: Counter[str]) -> None:
     states = planned(site)
     assert done == {}
     assert [(state.about, bool(state.key)) for state in states[:2]] == [
-        (f"digits to {site.data}/digits", True),
+        (f"digits to {site.data}/data", True),
         ("after images", False),
     ]
     console = Console(record=True, width=160)
@@ -223,3 +228,38 @@ def test_without_a_terminal_there_are_lines(site: Site, done: Counter[str]) -> N
 
 def test_clocks() -> None:
     assert [clock(seconds) for seconds in (0.4, 99, 100, 3725)] == ["0 s", "99 s", "1:40", "1:02:05"]
+
+
+def test_a_signal_is_told_and_ends_it(
+    site: Site, done: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "evaluate_version", interrupted)
+    pipeline = read_pipeline(DIGITS, TINY)
+    states = new_states(pipeline)
+    with pytest.raises(KeyboardInterrupt):
+        run(site, pipeline, states, Console(quiet=True), [])
+    assert [state.state for state in states[:4]] == ["done", "done", "stopped", "waiting"]
+    assert states[2].took is not None
+
+
+def test_the_command_tells_machines_how_stages_stand(
+    site: Site, done: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.pipeline_command.open_site", lambda path: site)
+    # MLflow is away, which stops nothing.
+    monkeypatch.setattr("orchestrator.pipeline_run.Tracking", unavailable)
+    overrides = [word for field in TINY for word in ("--set", field)]
+    told = CliRunner().invoke(app, ["run", str(DIGITS), *overrides, "--json"], catch_exceptions=False)
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert [stage["state"] for stage in found["stages"]] == ["done"] * len(NAMES)
+    assert found["mlflow_run"].startswith("pipeline-digits-")
+    planned = CliRunner().invoke(app, ["run", str(DIGITS), *overrides, "--dry-run"], catch_exceptions=False)
+    assert planned.stdout.count("done before") == len(NAMES)
+
+
+def unavailable(*arguments: Any) -> None:
+    raise Unavailable("MLflow is away")
