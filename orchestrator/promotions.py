@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from orchestrator.job import check_name
@@ -41,6 +41,14 @@ class Promotion:
     kind: Literal["promotion", "retirement", "signing"] = "promotion"
     before: str = ""
     """sha256 of the records before it; older ones have none."""
+    gate: str = ""
+    """sha256 of the gate, as JSON; older records have none, nor what follows."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Of its verdict."""
+    attempts: dict[str, int] = field(default_factory=dict)
+    """Versions that had been judged by each data set's URL, with this one."""
+    forced: bool = False
+    """In spite of the verdict, for `reason`."""
     signature: str = ""
     """Ed25519 over all other fields, in base64; empty without a key."""
 

@@ -8,7 +8,8 @@ import os
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from typing import Literal
 
 from mlflow.entities.model_registry import ModelVersion
@@ -16,7 +17,10 @@ from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.aliases import SERVICE, Aliases, Change
+from orchestrator.evidence import Case, Evidence, ancestors
+from orchestrator.gates import Gate, Verdict
 from orchestrator.job import check_name, unfinished_on
+from orchestrator.judgements import Judgements
 from orchestrator.keys import Keys
 from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before, retired
 from orchestrator.site import Site
@@ -50,11 +54,15 @@ MANIFEST_KEY = re.compile(r"/runs/[A-Za-z0-9][A-Za-z0-9._-]*/checkpoints/\d+-\d+
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What a version must show before an alias may move to it; it must also pass a restore test."""
+class Judgement:
+    """A gate's verdict on a version that is to hold an alias."""
 
-    metric: str = "val_accuracy"
-    minimum: float = 0.0
+    gate: Gate
+    verdict: Verdict
+    holder: Promotion | None
+    """Of the alias, at that moment."""
+    attempts: dict[str, int]
+    """Versions of this model, and of those it comes from, that were judged so far by each data set's URL."""
 
 
 def open_registry(site: Site) -> "Registry":
@@ -70,6 +78,7 @@ class Registry:
         self._runs = runs
         self.log = PromotionLog(open_store(runs), keys)
         self.aliases = Aliases(client, self.log)
+        self._judgements = Judgements(open_store(runs))
 
     def register(self, model: str, config: RunConfig, run_id: str) -> Version:
         """The version that points to this run's final commit, made if it is not there."""
@@ -179,18 +188,29 @@ class Registry:
         models = [model] if model else sorted({v.model for v in self.versions()} | self.log.models())
         return [change for name in models for change in self.aliases.reconcile(name)]
 
-    def promote(self, version: Version, alias: str, gate: Gate) -> Promotion:
-        """Move the alias through the gate; the gate is asked again whenever another promotion came first."""
+    def judge(self, version: Version, alias: str, gate: Gate) -> Judgement:
+        """What the gate says, as of now; nothing moves, but that the version was judged is noted."""
+        check_alias(alias)
+        self._check_source(version.label, version.manifest)
+        return self._judge(version, alias, gate, self.log.read(version.model))
+
+    def promote(self, version: Version, alias: str, gate: Gate, *, force: str = "") -> Promotion:
+        """Move the alias through the gate; the gate is asked again whenever another promotion came first.
+
+        `force`: the reason for which the alias moves whatever the gate says, unless the restore test fails.
+        """
         check_alias(alias)
         self._check_source(version.label, version.manifest)
         while True:
             history = self.log.read(version.model)
-            _check_in_use(history, version.version)
-            holder = _holder(history, alias)
-            value = _pass_gate(version, gate)
+            judgement = self._judge(version, alias, gate, history)
+            verdict, holder = judgement.verdict, judgement.holder
+            if not verdict.passed and not (force and verdict.restores):
+                raise CheckpointError(f"{version.label} was not promoted: {verdict.reasons}")
             if holder is not None and holder.digest == version.digest:
                 self.aliases.follow(version.model, alias)
                 return holder
+            metric = next((row for row in verdict.rows if row.check == "metric"), None)
             promotion = Promotion(
                 seq=len(history),
                 model=version.model,
@@ -198,15 +218,46 @@ class Registry:
                 alias=alias,
                 manifest=version.manifest,
                 digest=version.digest,
-                metric=gate.metric,
-                value=value,
+                metric=metric.asked.split()[0] if metric else "",
+                value=metric.value or 0.0 if metric else 0.0,
                 minimum=gate.minimum,
                 previous=holder.version if holder else None,
                 time=time.time(),
                 user=os.environ.get("USER", ""),
+                reason="" if verdict.passed else force,
+                gate=gate.digest,
+                rows=[asdict(row) for row in verdict.rows],
+                attempts=judgement.attempts,
+                forced=not verdict.passed,
             )
             if (made := self._append(promotion)) is not None:
                 return made
+
+    def _judge(self, version: Version, alias: str, gate: Gate, history: Sequence[Promotion]) -> Judgement:
+        _check_in_use(history, version.version)
+        holder = _holder(history, alias)
+        challenger = Evidence(self._runs, version.label, version.manifest, version.digest)
+        against = None
+        if holder is not None and holder.digest != version.digest:
+            label = f"{holder.model}/{holder.version}"
+            self._check_source(label, holder.manifest)
+            against = partial(Evidence, self._runs, label, holder.manifest, holder.digest)
+        by_label = cache(lambda: {each.label: each for each in self.versions()})
+
+        def digest_of(label: str) -> str | None:
+            found = by_label().get(label)
+            return found.digest if found else None
+
+        verdict = gate.judge(Case(challenger, against, digest_of))
+        return Judgement(gate, verdict, holder, self._count(version, challenger, verdict))
+
+    def _count(self, version: Version, evidence: Evidence, verdict: Verdict) -> dict[str, int]:
+        """Notes that the version was judged; how many were, by the data."""
+        models = {version.model, *(label.partition("/")[0] for label in ancestors(evidence.manifest))}
+        asked = {row.fingerprint: row.data for row in verdict.rows if row.fingerprint}
+        for fingerprint in asked:
+            self._judgements.note(fingerprint, version.model, version.version, version.digest)
+        return {url: self._judgements.count(fingerprint, models) for fingerprint, url in asked.items()}
 
     def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
         """Move the alias back to the version that held it before, or to another that did; no gate is asked
@@ -239,6 +290,10 @@ class Registry:
             user=os.environ.get("USER", ""),
             rollback=True,
             reason=reason,
+            gate="",
+            rows=[],
+            attempts={},
+            forced=False,
         )
         made = self._append(promotion)
         if made is None:
@@ -394,20 +449,6 @@ def _record(
         reason=reason,
         kind=kind,
     )
-
-
-def _pass_gate(version: Version, gate: Gate) -> float:
-    # Anybody may edit the metrics that MLflow shows; the manifest's are under its digest.
-    _, manifest = open_manifest(version.manifest, version.digest)
-    value = manifest.metrics.get(gate.metric)
-    if value is None:
-        raise ConfigError(f"{version.label} has no metric {gate.metric!r}; it has {_list(manifest.metrics)}")
-    if not value >= gate.minimum:
-        raise CheckpointError(
-            f"{version.label} was not promoted: {gate.metric} {value:.4f} is below the gate's {gate.minimum}"
-        )
-    restore_test(version.manifest, version.digest)
-    return value
 
 
 def _list(names: Iterable[object]) -> str:

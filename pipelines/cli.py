@@ -16,6 +16,7 @@ from pipelines.finetune_command import finetune
 from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
+from pipelines.promote_command import promote
 from pipelines.retire_command import retire, sign
 from pipelines.terminal import console, errors
 from pipelines.watch_command import watch
@@ -165,7 +166,7 @@ app.command()(watch)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(registry_commands.models)
-app.command()(registry_commands.promote)
+app.command()(promote)
 app.command()(registry_commands.rollback)
 app.command()(registry_commands.lineage)
 app.command()(retire)

@@ -107,7 +107,7 @@ def run_quickstart(
         stage.url = tracking.run_page(pretrained.run_id)
 
     with journal.stage("Promote", config.run) as stage:
-        gate = Gate("val_accuracy", CHANCE_FACTOR / len(facts.classes))
+        gate = Gate.of("val_accuracy", CHANCE_FACTOR / len(facts.classes))
         promotion = promote(site, pretrained.label, "champion", gate)
         stage.summary = (
             f"{pretrained.model}@champion is version {promotion.version}: {promotion.value:.1%} accuracy "

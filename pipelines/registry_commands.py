@@ -81,33 +81,6 @@ def models(
             console.print(f"{name}@{alias} was last moved by hand in MLflow: {when}", markup=False)
 
 
-def promote(
-    model: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[int, typer.Argument(help="Its version.")],
-    to: Annotated[str, typer.Option(help="Alias to move, e.g. champion.")],
-    metric: Annotated[str, typer.Option(help="The gate's metric.")] = "val_accuracy",
-    minimum: Annotated[float, typer.Option(help="What the metric must reach.")] = 0.0,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Move an alias to a version if it passes the gate: the metric and a restore test.
-
-    Example: vitscale promote vit-digits 1 --to champion --minimum 0.9
-    """
-    where = open_site(site)
-    from orchestrator.registry import Gate
-    from pipelines.promote import promote as run_promote
-
-    promotion = run_promote(where, f"{model}/{version}", to, Gate(metric, minimum))
-    if as_json:
-        typer.echo(json.dumps(asdict(promotion)))
-        return
-    console.print(
-        f"{model}@{to} is version {promotion.version}: {promotion.metric} {promotion.value:.4f}, "
-        "restore test passed"
-    )
-
-
 def rollback(
     model: Annotated[str, typer.Argument(help="MODEL@ALIAS.")],
     to: Annotated[

@@ -183,8 +183,8 @@ def test_promotion_moves_the_alias_in_the_log_and_in_mlflow(
 ) -> None:
     first, second = registered(registry, store_url, 1), registered(registry, store_url, 2)
     made = [
-        registry.promote(first, "champion", Gate(minimum=0.9)),
-        registry.promote(second, "champion", Gate("val_images", 100)),
+        registry.promote(first, "champion", Gate.of("val_accuracy", 0.9)),
+        registry.promote(second, "champion", Gate.of("val_images", 100)),
         registry.promote(first, "candidate", Gate()),
         registry.promote(first, "champion", Gate()),
     ]
@@ -224,11 +224,15 @@ def test_the_same_promotion_again_changes_nothing_but_repairs_mlflow(
     ("gate", "error", "said"),
     [
         (
-            Gate(minimum=0.91),
+            Gate.of("val_accuracy", 0.91),
             CheckpointError,
             "was not promoted: val_accuracy 0.9000 is below the gate's 0.91",
         ),
-        (Gate("top5"), ConfigError, "has no metric 'top5'; it has val_accuracy, val_images, val_loss"),
+        (
+            Gate.of("top5", 0.0),
+            ConfigError,
+            "has no metric 'top5'; it has val_accuracy, val_images, val_loss",
+        ),
     ],
 )
 def test_a_gate_refuses(
@@ -251,7 +255,7 @@ def test_a_metric_that_is_no_number_passes_no_gate(
 ) -> None:
     version = registered(registry, store_url, metrics={"val_accuracy": float("nan")})
     with pytest.raises(CheckpointError, match="val_accuracy nan is below"):
-        registry.promote(version, "champion", Gate(minimum=-1.0))
+        registry.promote(version, "champion", Gate.of("val_accuracy", -1.0))
     check_nothing_moved(registry, mlflow)
 
 
@@ -263,7 +267,7 @@ def test_metrics_that_somebody_edited_in_mlflow_open_no_gate(
     version = registry.resolve("toy/1")
     assert version.metrics["val_accuracy"] == 0.99
     with pytest.raises(CheckpointError, match=r"val_accuracy 0\.9000 is below the gate's 0\.95"):
-        registry.promote(version, "champion", Gate(minimum=0.95))
+        registry.promote(version, "champion", Gate.of("val_accuracy", 0.95))
     check_nothing_moved(registry, mlflow)
 
 

@@ -16,6 +16,7 @@ from orchestrator.evaluations import Measured, Target
 from workers.config import ModelConfig, RunConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import BadSample, Ledger
+from workers.data.splits import open_splits
 from workers.errors import ConfigError, DataError
 from workers.evaluation.features import Chosen, extract_features, some_of_each_class
 from workers.evaluation.fewshot import FewShot, few_shot
@@ -26,7 +27,6 @@ from workers.models import build_model
 from workers.models.sizes import size_text
 from workers.models.vit import VisionTransformer
 from workers.models.weights import adapt_state_dict
-from workers.storage import NotFound, join_url, open_store
 from workers.training.checkpoint import Manifest, open_manifest
 from workers.training.evaluate import judge_part
 from workers.training.restore import load_model
@@ -212,14 +212,7 @@ def _open_data(config: RunConfig | None, data: str | None) -> tuple[DatasetIndex
         if config is None:
             raise ConfigError("the weights were imported, with no data of their own; give --data URL")
         return DatasetIndex.open(config.data.url), DatasetIndex.open(config.data.validation_url)
-    if not data.endswith(".tar") and "{" not in data:
-        try:
-            open_store(data).head("val/_vitscale/index.json")
-        except NotFound:
-            pass
-        else:
-            return DatasetIndex.open(join_url(data, "train")), DatasetIndex.open(join_url(data, "val"))
-    return None, DatasetIndex.open(data)
+    return open_splits(data)
 
 
 def _check_classes(model: ModelConfig, config: RunConfig | None, validation: DatasetIndex) -> None:

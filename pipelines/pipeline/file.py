@@ -259,8 +259,7 @@ def _check_reference(
 
 
 def _read_gate(gate: str | Mapping[str, Any], folder: Path) -> Gate:
-    values = read_yaml(folder / gate) if isinstance(gate, str) else gate
-    return Gate(**values)
+    return Gate.load(folder / gate) if isinstance(gate, str) else Gate.parse(gate)
 
 
 def _is_reference(target: str) -> bool:

@@ -1,7 +1,7 @@
 """What a stage does, as a plain function, and the key of all that its result depends on."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -178,7 +178,7 @@ def _evaluate(site: Site, stage: Evaluate, versions: list[Version], data: str | 
 
 
 def _promote(site: Site, stage: Promote, gate: Gate, versions: list[Version], taken: str) -> Work:
-    key = digest_of("promote", taken, stage.to, asdict(gate))
+    key = digest_of("promote", taken, stage.to, gate.digest)
 
     def do(console: Console) -> Result:
         promotions = [promote(site, version.label, stage.to, gate) for version in versions]

@@ -37,7 +37,7 @@ def resample_report(before: VisionTransformer, after: VisionTransformer, images:
         }
     if before.spec.positions != "rope" and after.spec.positions != "rope":
         for when, model in (("before", before), ("after", after)):
-            values |= {f"{name}_{when}": value for name, value in _of_positions(model).items()}
+            values |= {f"{name}_{when}": value for name, value in describe_positions(model).items()}
     return values
 
 
@@ -63,7 +63,8 @@ def _same_head(before: VisionTransformer, after: VisionTransformer) -> bool:
     )
 
 
-def _of_positions(model: VisionTransformer) -> dict[str, float]:
+def describe_positions(model: VisionTransformer) -> dict[str, float]:
+    """`position_norm`, `neighbour_cosine`, `border_norm_ratio` of embeddings; rotary models have none."""
     grid = model.spec.grid
     embedding = model.pos_embed[0, model.spec.embedded_prefix :].float().reshape(*grid, -1)
     norms = embedding.norm(dim=-1)

@@ -86,6 +86,8 @@ class Manifest:
     """First and last of the steps around which a roll-back has led this run."""
     history: dict[str, Any] = field(default_factory=dict)
     """Of losses, see `LossHistory`."""
+    probe: dict[str, Any] = field(default_factory=dict)
+    """Logits of two fixed images, of complete runs, see `probe_logits`; older manifests have none."""
     format: int = FORMAT
     key: str = field(default="", compare=False)
     """Where it was read from, relative to its store; not part of the file."""

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
+import workers
 from workers.config import ModelConfig
+from workers.models import build_model
 from workers.storage import Store
 from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, object_name
 from workers.training.commits import Commit, CommitLog
+from workers.training.probe_logits import record_logits
 
 
 def write_imported(
@@ -30,6 +34,8 @@ def write_imported(
     name = object_name("model", 0, 1)
     data = safetensors.torch.save({key: value.contiguous() for key, value in state.items()})
     store.create(f"{directory}/{name}", data)
+    whole = build_model(**model.model_dump())
+    whole.load_state_dict(dict(state))
     manifest = Manifest(
         run=run,
         images_seen=0,
@@ -46,8 +52,9 @@ def write_imported(
         tallies=[],
         bad_samples=[],
         metrics={},
-        versions={},
+        versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
         complete=True,
+        probe=record_logits(whole, model),
     ).to_bytes()
     key = f"{directory}/{MANIFEST}"
     store.create(key, manifest)

@@ -38,6 +38,7 @@ from workers.training.optim import learning_rate, make_optimizers
 from workers.training.parallel import DTYPES, ShardPlace, parallelize, reshard, worker_group
 from workers.training.parent import describe_resize, load_parent
 from workers.training.peak import peak_flops
+from workers.training.probe_logits import saved_logits
 from workers.training.profile import Profile
 from workers.training.progress import Progress
 from workers.training.proofs import merge_ledgers, settle_epochs
@@ -233,7 +234,11 @@ def _train_under(
                     if not stopping:
                         write_probes(events, state, model, validation)
                     # Only the final commit was just evaluated: what a gate may ask for.
-                    state.commit(evaluation_metrics(results) if state.complete else {}, committer, events)
+                    if state.complete:
+                        logits = saved_logits(model, config.model)
+                        state.commit(committer, events, metrics=evaluation_metrics(results), probe=logits)
+                    else:
+                        state.commit(committer, events, metrics={}, probe={})
                 meter.restart()
         pulse.close()
         with progress.phase("save"):

@@ -1,5 +1,7 @@
 """The weights that fine-tuning starts from: another run's, for another resolution or other classes."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -7,7 +9,8 @@ from torch import nn
 from workers.config import InitConfig, ModelConfig
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError, DataError
-from workers.models.resample_report import resample_report
+from workers.models import build_model
+from workers.models.resample_report import describe_positions, resample_report
 from workers.models.sizes import patch_grid
 from workers.models.vit import VisionTransformer
 from workers.models.weights import adapt_state_dict
@@ -49,6 +52,34 @@ def describe_resize(
     if problem := first_text(problem, device):
         raise DataError(problem)
     return figures
+
+
+@dataclass(frozen=True)
+class PositionDrift:
+    """Of a trained model's position embeddings from its parent's, resampled to its grid."""
+
+    norm: float
+    """Of the mean norm, relative to the parent's."""
+    neighbours: float
+    """Of the mean cosine of patches side by side."""
+
+
+def position_drift(url: str, digest: str) -> PositionDrift | None:
+    """Of the model of a manifest; None if it has no parent or no position embeddings."""
+    model, manifest = load_model(url, digest)
+    config = manifest.run_config
+    if config is None or config.init is None or not isinstance(model, VisionTransformer):
+        return None
+    if model.spec.positions == "rope":
+        return None
+    origin = build_model(**manifest.model.model_dump())
+    load_parent(config.init, origin)
+    assert isinstance(origin, VisionTransformer)
+    before, after = describe_positions(origin), describe_positions(model)
+    return PositionDrift(
+        norm=after["position_norm"] / before["position_norm"] - 1,
+        neighbours=after.get("neighbour_cosine", 0.0) - before.get("neighbour_cosine", 0.0),
+    )
 
 
 def _figures(

@@ -6,6 +6,7 @@ from torch import nn
 from workers.errors import CheckpointError
 from workers.models import build_model
 from workers.training.checkpoint import Manifest, check_shapes, load_full, open_manifest
+from workers.training.probe_logits import check_logits, probe
 
 
 def load_model(url: str, digest: str) -> tuple[nn.Module, Manifest]:
@@ -18,14 +19,17 @@ def load_model(url: str, digest: str) -> tuple[nn.Module, Manifest]:
 
 
 @torch.no_grad()
-def restore_test(url: str, digest: str) -> None:
-    """CheckpointError unless the model loads, all its weights are finite, and so is what it computes."""
+def restore_test(url: str, digest: str) -> str:
+    """What was tested; CheckpointError unless the model loads, all its weights are finite, and so is what it
+    computes, which is what it computed when it was saved, where the manifest says that."""
     model, manifest = load_model(url, digest)
     broken = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if broken:
         raise CheckpointError(f"{url}: weights that are not finite: {', '.join(broken[:5])}")
-    config = manifest.model
-    shape = (2, config.channels, *config.image_shape)
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    if not torch.isfinite(model(images)).all():
+    logits = probe(model, manifest.model)
+    if not torch.isfinite(logits).all():
         raise CheckpointError(f"{url}: the restored model computes values that are not finite")
+    if not manifest.probe:
+        return "loads, and all is finite; no logits were recorded when it was saved"
+    check_logits(logits, manifest.probe, url)
+    return "loads, all is finite, and the logits are those recorded when it was saved"

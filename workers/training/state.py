@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,7 +115,14 @@ class TrainState:
         for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
             source.ledger.add(from_json(bad))
 
-    def commit(self, metrics: dict[str, float], committer: Committer, events: EventWriter | None) -> None:
+    def commit(
+        self,
+        committer: Committer,
+        events: EventWriter | None,
+        *,
+        metrics: dict[str, float],
+        probe: dict[str, Any],
+    ) -> None:
         """Hand in a copy of all that a checkpoint is; every rank calls it. It waits while too many are on
         their way already."""
         committer.wait_for_room()
@@ -141,6 +149,7 @@ class TrainState:
             bad_steps=list(self.bad_steps),
             skipped=[list(window) for window in self.lease.skipped],
             history=self.history.to_json(),
+            probe=probe,
         )
         bad = [entry for entries in manifest.bad_samples for entry in entries]
         if events and bad:
