@@ -85,7 +85,7 @@ class Gate(Part):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """From its fields; those of one metric alone are a gate, too: `{metric: val_accuracy, minimum: 0.9}`."""
+        """From its fields; those of one metric alone are a gate, too."""
         values = plain(values, "gate")
         if "checks" not in values and not values.keys().isdisjoint(SHORT):
             values = {"checks": [{"check": "metric", **values}]}
