@@ -77,8 +77,9 @@ class Aliases:
 
     def astray(self, model: str) -> list[Change]:
         """Where MLflow and the log differ."""
-        history, found = self._log.read(model), self._find(model)
-        return self._differences(history, found) if found else []
+        # MLflow first: what it says then follows a record that is in the log now.
+        found = self._find(model)
+        return self._differences(self._log.read(model), found) if found else []
 
     def moved_by_hand(self, model: str) -> dict[str, str]:
         """By alias: when it last was, and to which version."""

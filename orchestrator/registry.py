@@ -180,13 +180,13 @@ class Registry:
             )
         return version
 
-    def reconcile(self, model: str | None = None) -> list[Change]:
-        """Have MLflow's aliases say what the log says, of one model or of all; what they said instead.
+    def models(self) -> list[str]:
+        """Those that have versions of ours, or had."""
+        return sorted({version.model for version in self.versions()} | self.log.models())
 
-        Cheap while nothing has changed.
-        """
-        models = [model] if model else sorted({v.model for v in self.versions()} | self.log.models())
-        return [change for name in models for change in self.aliases.reconcile(name)]
+    def reconcile(self, model: str) -> list[Change]:
+        """Have MLflow's aliases say what the log says; what they said instead. Cheap while all is right."""
+        return self.aliases.reconcile(model)
 
     def judge(self, version: Version, alias: str, gate: Gate) -> Judgement:
         """What the gate says, as of now; nothing moves, but that the version was judged is noted."""

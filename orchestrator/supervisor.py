@@ -6,6 +6,7 @@ drivers train one run, the later lease wins and the other ends without a trace: 
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -111,10 +112,13 @@ class Supervisor:
 
 
 def supervise(site: Site, runs: Sequence[str], tell: Callable[[str, str], None]) -> int:
-    """Keep the jobs of these runs alive until all have ended; without any, those of all runs, for ever.
+    """Keep the jobs of these runs alive until all have ended; without any, those of all runs, for ever, and
+    MLflow's aliases where the log of promotions has them.
 
     `tell(run, text)` hears of each change. Returns how many jobs failed.
     """
+    if not runs:
+        threading.Thread(target=_keep_aliases, args=(site, tell), name="aliases", daemon=True).start()
     watched: dict[str, Supervisor] = {}
     ended: set[str] = set()
     told: dict[str, str] = {}
@@ -138,3 +142,9 @@ def supervise(site: Site, runs: Sequence[str], tell: Callable[[str, str], None])
                 tell(run, text)
         time.sleep(TICK_SECONDS)
     return failed
+
+
+def _keep_aliases(site: Site, tell: Callable[[str, str], None]) -> None:
+    from orchestrator.reconciler import keep_aliases  # on use: it brings torch
+
+    keep_aliases(site, tell, threading.Event())

@@ -162,8 +162,9 @@ def supervise(
 ) -> None:
     """Keep the jobs of runs alive: start them again when their driver or the whole cluster was lost.
 
-    Ends when all named runs have; without names never: let systemd or a Deployment start it again. It may be
-    killed at any time, and several at once do no harm.
+    Ends when all named runs have; without names never: let systemd or a Deployment start it again. Then it
+    also puts back MLflow's aliases that somebody moved by hand. It may be killed at any time, and several at
+    once do no harm.
 
     Example: vitscale supervise vit-digits-1a2b3c4d5e
     """

@@ -130,6 +130,10 @@ class FaultProxy:
         """Method and range of each request, in order."""
         self.given: Counter[str] = Counter()
         """Faults given at random, by kind; `bits` counts those flipped."""
+        self.lose_replies_to = ""
+        """Part of the path of requests whose replies all get lost."""
+        self.moved = 0
+        """Bytes of all requests and replies, with their headers."""
         self.ended = threading.Event()
         self._chances: Chances | None = None
         self._cards: list[str] = []
@@ -248,6 +252,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "" if fault else proxy.draw(self.command)
         if kind == "busy":
             fault = Answer(503, SLOW_DOWN)
+        if proxy.lose_replies_to and proxy.lose_replies_to in self.path:
+            kind = "lose"
+            proxy.given[kind] += 1
         if kind == "lose":
             fault = LoseReply()
         if proxy.chances and proxy.chances.latency:
@@ -259,11 +266,13 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Meanwhile):
             fault.action()
         status, headers, data = self._ask(body)
+        told = [*self.headers.items(), *headers]
+        proxy.moved += len(body) + len(data) + sum(len(name) + len(value) + 4 for name, value in told)
         if kind and data and fault is None:
             fault = proxy.make(kind, len(data))
         self._answer(fault, status, headers, data)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = _handle
 
     def _answer(self, fault: Fault | None, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
         self.close_connection = isinstance(fault, LoseReply | Cut | Stall | Length)

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import pytest
 from mlflow.exceptions import MlflowException
 from typer.testing import CliRunner
 
+from orchestrator import reconciler
 from orchestrator.aliases import FOLLOWED_TAG, MOVED_TAG, OVERTAKEN_SECONDS
 from orchestrator.job import JobSpec, write_spec
 from orchestrator.job_records import wish, write_done
 from orchestrator.registry import Gate, Registry, Version
 from orchestrator.retention import Retention
+from orchestrator.site import Site
 from pipelines.cli import app
 from pipelines.lineage import lineage
 from tests.fake_mlflow import FakeMlflow
@@ -136,7 +141,7 @@ def test_reconciling_twice_reads_one_record(
     monkeypatch.setattr(registry.log._store, "read", lambda key: read.append(key) or original(key))
     assert registry.reconcile("toy") == []
     assert read == ["promotions/toy/00000003.json"]
-    assert registry.reconcile() == []
+    assert registry.models() == ["toy"]
 
 
 def test_a_lost_reply_makes_no_second_version(registry: Registry, mlflow: FakeMlflow, store_url: str) -> None:
@@ -318,6 +323,43 @@ def test_retention_takes_what_was_retired_and_nothing_needs(
     found = lineage(registry, "toy/1").root
     assert (found.problem, found.retired, found.manifest) == ("", "bad", None)
     assert CommitLog(open_store(versions[0].manifest.partition("/checkpoints/")[0])).head() is not None
+
+
+def test_whoever_supervises_the_site_keeps_its_aliases(
+    registry: Registry,
+    mlflow: FakeMlflow,
+    versions: list[Version],
+    store_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through an outage of MLflow, and though another model's log is damaged."""
+    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: mlflow)
+    monkeypatch.setattr(reconciler, "TICK_SECONDS", 0.01)
+    site = Site(ray="http://x", mlflow="http://x", data=store_url, runs=store_url)
+    registry.promote(versions[0], "champion", Gate())
+    registry.promote(Registry(mlflow, store_url).register("another", run_config(3), "id"), "champion", Gate())
+    open_store(store_url).write("promotions/another/00000000.json", b"{}")
+    mlflow.aliases["toy", "champion"] = "3"
+    mlflow.down = True
+    said: list[tuple[str, str]] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=reconciler.keep_aliases, args=(site, lambda *t: said.append(t), stop))
+    thread.start()
+    try:
+        wait_for(lambda: said)
+        mlflow.down = False
+        wait_for(lambda: mlflow.aliases["toy", "champion"] == "1")
+        wait_for(lambda: len(said) >= 3)
+    finally:
+        stop.set()
+        thread.join()
+    assert [name for name, _ in said] == ["aliases", "another", "toy"]
+    assert "connection refused" in said[0][1] and "is damaged" in said[1][1] and "by hand" in said[2][1]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(0.005)
 
 
 def test_the_commands(

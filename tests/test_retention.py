@@ -35,6 +35,7 @@ class Run:
         self.store = open_store(self.url)
         self.log = CommitLog(self.store)
         self.config = config or {"init": None, "fork": None}
+        self.metrics: dict[str, float] = {}
         self.start()
 
     def start(self) -> None:
@@ -51,7 +52,7 @@ class Run:
         content = Manifest(
             run="run", images_seen=images_seen, step=0, epoch=self.lease.epoch, parent=None, world_size=1,
             num_shards=1, objects={MODEL: entry}, shapes={}, scalars={}, config=self.config, sources=[],
-            tallies=[], bad_samples=[], metrics={}, versions={}, complete=False,
+            tallies=[], bad_samples=[], metrics=self.metrics, versions={}, complete=False,
         ).to_bytes()  # fmt: skip
         if manifest:
             self.store.create(f"{directory}/{MANIFEST}", content)

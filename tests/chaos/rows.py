@@ -6,7 +6,8 @@ from tests.chaos.row import Row
 
 MODULES = (
     *("bad_steps", "checkpoints", "cluster", "disks", "drains", "hangs"),
-    *("launches", "lives", "mixed", "resizes", "stores", "tracking", "writers"),
+    *("launches", "lives", "mixed", "promotions", "registries", "resizes", "stores"),
+    *("tracking", "writers"),
 )
 FOUND: list[Row] = [row for name in MODULES for row in import_module(f"tests.chaos.{name}").ROWS]
 IN_ORDER = sorted(FOUND, key=lambda row: int(row.name[1:]))

@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
@@ -34,18 +34,23 @@ Point = tuple[str, int, float, int]
 class Mlflow:
     """A real server that is killed and comes back."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *options: str, backend: str = "", environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`backend`: its database, by default SQLite in the folder."""
         folder.mkdir()
         self._folder, self._port = folder, free_port(set())
+        self._backend = backend or f"sqlite:///{folder}/mlflow.db"
+        self._options, self._environment = options, dict(environment or {})
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
-        command += ["--port", str(self._port), "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
-        command += ["--artifacts-destination", self._folder.as_uri(), "--serve-artifacts"]
+        command += ["--port", str(self._port), "--backend-store-uri", self._backend]
+        command += ["--artifacts-destination", self._folder.as_uri(), "--serve-artifacts", *self._options]
         # Its job runners, which nobody needs here, are eight more processes.
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | self._environment
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
         deadline = time.monotonic() + PATIENCE

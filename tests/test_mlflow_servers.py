@@ -1,0 +1,157 @@
+"""The registry on real servers of MLflow: SQLite and Postgres, with passwords, and replies that get lost."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.processes import free_port
+from orchestrator.registry import Gate, Registry, Version
+from orchestrator.tracking import connect
+from tests.chaos.tracking import Mlflow
+from tests.fault_proxy import FaultProxy
+from tests.test_registry import finish, run_config
+from workers.errors import CheckpointError, DataError
+from workers.storage import open_store
+from workers.training.checkpoint import read_manifest
+from workers.training.commits import CommitLog
+
+USER, PASSWORD = "admin", "a-password-of-this-test"
+GIGABYTE, MEGABYTE = 1 << 30, 1_000_000
+POSTGRES = shutil.which("postgres")
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """The URI of a database of its own, on loopback; as user `postgres` if this one is root."""
+    assert POSTGRES is not None
+    programs, port = Path(POSTGRES).resolve().parent, free_port(set())
+    who = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory(prefix="vitscale-postgres-") as folder:
+        if who:
+            shutil.chown(folder, "postgres", "postgres")
+        data = f"{folder}/data"
+        make = [programs / "initdb", "-D", data, "-U", "mlflow", "-A", "trust", "--no-sync"]
+        subprocess.run(make, check=True, cwd=folder, **who, **quiet)
+        serve = [programs / "postgres", "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
+        with subprocess.Popen(serve, cwd=folder, **who, **quiet) as process:
+            try:
+                ask = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+                while subprocess.run(ask, check=False, **quiet).returncode:
+                    assert process.poll() is None, "Postgres does not start"
+                    time.sleep(0.1)
+                yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            finally:
+                process.terminate()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """With basic-auth: the services of `vitscale up`, in other tests, have none."""
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("flask_wtf") is None:
+            pytest.skip("MLflow's basic-auth needs Flask-WTF (pip: mlflow[auth])")
+        backend = ""
+        if request.param == "postgres":
+            if POSTGRES is None or importlib.util.find_spec("psycopg2") is None:
+                pytest.skip(
+                    "needs Postgres (apt-get install postgresql) and its client (pip: psycopg2-binary)"
+                )
+            backend = stack.enter_context(postgres())
+        config = tmp_path / "auth.ini"
+        config.write_text(
+            f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{tmp_path}/auth.db\n"
+            f"admin_username = {USER}\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+        )
+        secrets = {
+            "MLFLOW_AUTH_CONFIG_PATH": str(config),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
+        }
+        mlflow = Mlflow(tmp_path / "mlflow", "--app-name", "basic-auth", backend=backend, environment=secrets)
+        stack.callback(mlflow.kill)
+        mlflow.start()
+        yield mlflow.uri
+
+
+def with_a_gigabyte(runs: str, seed: int) -> None:
+    """A finished run whose optimizer's state is a gigabyte, which nobody reads here."""
+    folder = finish(runs, run_config(seed))
+    with (folder / "optimizer-00000-of-00001.safetensors").open("wb") as file:
+        file.truncate(GIGABYTE)
+    store = open_store(f"{runs}/runs/{run_config(seed).run}")
+    head = CommitLog(store).head()
+    assert head is not None
+    manifest = read_manifest(store, head.manifest, head.digest)
+    entry = {"size": GIGABYTE, "sha256": "0" * 64}
+    larger = replace(manifest, objects=manifest.objects | {"optimizer-00000-of-00001.safetensors": entry})
+    store.write(head.manifest, larger.to_bytes())
+    digest = hashlib.sha256(larger.to_bytes()).hexdigest()
+    key = f"commits/{head.seq:08d}.json"
+    store.write(key, json.dumps(json.loads(store.read(key)) | {"digest": digest}).encode())
+
+
+@pytest.mark.services
+@pytest.mark.timeout(600)
+def test_the_registry_with_a_password_and_lost_replies(
+    server: str,
+    store_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+) -> None:
+    with FaultProxy(server) as proxy:
+        registry = Registry(connect(proxy.url), store_url)
+        with pytest.raises(DataError, match=r"401|not authenticated"):
+            registry.versions()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        with_a_gigabyte(store_url, 1)
+        moved = proxy.moved
+        first = registry.register("toy", run_config(1), "")
+        registry.promote(first, "champion", Gate())
+        moved = proxy.moved - moved
+        assert moved < MEGABYTE
+        record_property("bytes through the tracking server", moved)
+        second = registered_though_replies_are_lost(registry, proxy, store_url)
+        registry.promote(second, "champion", Gate())
+        assert registry.resolve("toy@champion") == second
+        assert registry.roll_back("toy", "champion", None, "").version == first.version
+        assert registry.reconcile("toy") == []
+        registry._client.set_registered_model_alias("toy", "best", str(first.version))
+        assert [change.cause for change in registry.reconcile("toy")] == ["by hand"]
+        model = registry._client.get_registered_model("toy")
+        assert model.aliases == {"champion": str(first.version)}
+        assert "best" in registry.aliases.moved_by_hand("toy")
+        assert registry.retire("toy", second.version, "worse").version == second.version
+        with pytest.raises(CheckpointError, match="was retired"):
+            registry.resolve(second.label)
+    written = [path.read_bytes() for path in Path(store_url.removeprefix("file://")).rglob("*.json")]
+    said = capfd.readouterr()
+    assert not any(PASSWORD.encode() in data for data in written)
+    assert PASSWORD not in said.out + said.err
+
+
+def registered_though_replies_are_lost(registry: Registry, proxy: FaultProxy, runs: str) -> Version:
+    """MLflow's client asks again by itself, and gives up in the end; the versions are there all the same."""
+    finish(runs, run_config(2))
+    proxy.lose_replies_to = "model-versions/create"
+    version = registry.register("toy", run_config(2), "")
+    proxy.lose_replies_to = ""
+    assert registry.register("toy", run_config(2), "") == version
+    ours = [found for found in registry.versions("toy") if found.run == version.run]
+    assert ours == [version]
+    assert proxy.given["lose"] > 1
+    return version
