@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.job import check_name
-from orchestrator.promotions import Promotion, PromotionLog
+from orchestrator.promotions import Promotion, PromotionLog, holders
 from orchestrator.tracking import mlflow_errors
 from orchestrator.versions import DIGEST_TAG
 
@@ -124,10 +124,9 @@ class Aliases:
 
     def _differences(self, history: Sequence[Promotion], found: RegisteredModel) -> list[Change]:
         named = {alias: int(version) for alias, version in found.aliases.items()}
-        holders = {record.alias: record for record in history if record.kind == "promotion"}
-        changes = []
-        for alias in sorted(named.keys() | holders.keys()):
-            holder, was = holders.get(alias), named.get(alias)
+        changes, held = [], holders(history)
+        for alias in sorted(named.keys() | held.keys()):
+            holder, was = held.get(alias), named.get(alias)
             now = holder.version if holder else None
             if was == now:
                 continue

@@ -17,6 +17,8 @@ from orchestrator.keys import Keys
 from workers.errors import CheckpointError, ConfigError
 from workers.storage import NotFound, Store, join_url
 
+KEY = re.compile(r"promotions/([A-Za-z0-9][A-Za-z0-9._-]{0,99})/\d{8}\.json")
+
 
 @dataclass(frozen=True)
 class Promotion:
@@ -85,10 +87,11 @@ class PromotionLog:
 
     def holders(self, model: str) -> dict[str, Promotion]:
         """By alias."""
-        return {record.alias: record for record in self.read(model) if record.kind == "promotion"}
+        return holders(self.read(model))
 
     def models(self) -> set[str]:
-        return {info.key.split("/")[1] for info in self._store.list("promotions/")}
+        keys = (KEY.fullmatch(info.key) for info in self._store.list("promotions/"))
+        return {match[1] for match in keys if match}
 
     def append(self, promotion: Promotion) -> Promotion:
         """As it is in the log. AlreadyExists if another came first."""
@@ -138,6 +141,11 @@ class PromotionLog:
 
     def _url(self, model: str, seq: int) -> str:
         return join_url(self._store.url, _key(model, seq))
+
+
+def holders(history: Sequence[Promotion]) -> dict[str, Promotion]:
+    """By alias."""
+    return {record.alias: record for record in history if record.kind == "promotion"}
 
 
 def held_before(history: list[Promotion], alias: str) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
-from workers.errors import CheckpointError, VitscaleError
+from workers.errors import CheckpointError, ConfigError, VitscaleError
 
 TICK_SECONDS = 2.0
 
@@ -29,7 +29,7 @@ def keep_aliases(site: Site, tell: Callable[[str, str], None], stop: threading.E
                     for change in registry.reconcile(model):
                         tell(model, str(change))
                     tell_once(model, "")
-                except CheckpointError as error:
+                except (CheckpointError, ConfigError) as error:
                     tell_once(model, str(error))
             tell_once("aliases", "")
         except VitscaleError as error:

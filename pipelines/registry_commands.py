@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from pipelines.terminal import AsJson, IgnoreMovedAlias, SiteFile, console, errors, open_site
+from workers.errors import DataError
 from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
@@ -31,29 +32,35 @@ def models(
     Example: vitscale models
     """
     where = open_site(site)
-    from orchestrator.promotions import retired
+    from orchestrator.promotions import holders, retired
     from orchestrator.registry import open_registry
 
     registry = open_registry(where)
     versions = registry.versions(model)
     names = sorted({version.model for version in versions})
-    for change in (change for name in names for change in registry.reconcile(name)):
-        errors.print(f"{change}", markup=False)
+    for name in names:
+        try:
+            for change in registry.reconcile(name):
+                errors.print(f"{change}", markup=False)
+        except DataError as error:
+            # Who may only read may look at them all the same.
+            errors.print(f"{name}: MLflow's aliases stay as they are: {error}", markup=False)
+    histories = {name: registry.log.read(name) for name in names}
     gone = {
         (name, number): record
-        for name in names
-        for number, record in retired(registry.log.read(name)).items()
+        for name, history in histories.items()
+        for number, record in retired(history).items()
     }
-    holders = {
+    held = {
         (name, promotion.version, alias)
-        for name in names
-        for alias, promotion in registry.log.holders(name).items()
+        for name, history in histories.items()
+        for alias, promotion in holders(history).items()
     }
     versions = [v for v in versions if show_all or (v.model, v.version) not in gone]
     rows = [
         {
             **asdict(v),
-            "aliases": sorted(a for name, n, a in holders if (name, n) == (v.model, v.version)),
+            "aliases": sorted(a for name, n, a in held if (name, n) == (v.model, v.version)),
             "retired": gone[v.model, v.version].reason if (v.model, v.version) in gone else None,
         }
         for v in versions
