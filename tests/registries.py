@@ -44,12 +44,13 @@ def first_config(seed: int) -> RunConfig:
     return make_config({**FIRST, "seed": seed})
 
 
-def verify(url: str, digest: str) -> None:
+def verify(url: str, digest: str) -> str:
     """What a restore test reads, without a model of it."""
     store, manifest = open_manifest(url, digest)
     for name, entry in manifest.objects.items():
         data = store.read(f"{manifest.directory}/{name}")
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
+    return "it is there"
 
 
 class Trained:
@@ -85,8 +86,9 @@ class SiteMachine(RuleBasedStateMachine):
         self.retired: set[tuple[str, int]] = set()
         self.evaluations: dict[str, str] = {}
         """Keys, and the manifests of what was measured."""
-        self.patch = mock.patch("orchestrator.registry.restore_test", verify)
-        self.patch.start()
+        self.patches = contextlib.ExitStack()
+        for module in ("registry", "checks"):
+            self.patches.enter_context(mock.patch(f"orchestrator.{module}.restore_test", verify))
         for number in range(2):
             # There is something from the start: most sequences would not come so far.
             run = Trained(self.url, first_config(number))
@@ -98,7 +100,7 @@ class SiteMachine(RuleBasedStateMachine):
         try:
             self.nothing_is_left_that_nobody_needs()
         finally:
-            self.patch.stop()
+            self.patches.close()
             self.folder.cleanup()
 
     # What users and clusters do.
@@ -222,6 +224,8 @@ class SiteMachine(RuleBasedStateMachine):
         for promotion in self.holders():
             verify(promotion.manifest, promotion.digest)
         for run in self.runs:
+            if run.lineage and not self.is_out_of_use(run):
+                assert run.writer.has(run.lineage[0])
             if run.config.init is not None and self.is_needed(run):
                 verify(run.config.init.manifest, run.config.init.digest)
         for key, manifest in self.evaluations.items():

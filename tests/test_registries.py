@@ -1,6 +1,7 @@
 """The sequences of row R16 find what is broken; that nothing is, `tests/test_chaos.py` says."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -11,12 +12,16 @@ from orchestrator.registry import Registry
 from orchestrator.retention import Retention
 from tests.registries import run_sequences
 
+Broken = list[tuple[Any, str, Callable[..., Any]]]
 needed, read_run = Registry.needed, Retention._read_run
 
 
-def but_for_promotions(self: Registry, before: float | None = None) -> set[str]:
-    versions = {version.manifest for version in self.versions("toy")}
-    return needed(self, before) & versions
+def held(self: Registry, before: float | None = None) -> set[str]:
+    return {promotion.manifest for promotion in self.log.holders("toy").values()}
+
+
+def not_held(self: Registry, before: float | None = None) -> set[str]:
+    return needed(self, before) - held(self)
 
 
 def never_retired(self: Retention, name: str, keep: int | None) -> None:
@@ -24,19 +29,23 @@ def never_retired(self: Retention, name: str, keep: int | None) -> None:
     read_run(self, name, keep)
 
 
-BROKEN: list[tuple[Any, str, Callable[..., Any]]] = [
-    (Registry, "needed", but_for_promotions),
-    (Registry, "_check_unused", lambda *_: None),
-    (Retention, "_read_run", never_retired),
-    (
-        Aliases,
-        "follow",
-        lambda self, model, alias: self._client.set_registered_model_alias(model, alias, "1"),
-    ),
-]
+def sets_the_first(self: Aliases, model: str, alias: str) -> None:
+    self._client.set_registered_model_alias(model, alias, "1")
 
 
-@pytest.mark.parametrize(("owner", "name", "broken"), BROKEN)
-def test_what_is_broken_is_found(owner: Any, name: str, broken: Callable[..., Any]) -> None:
-    with mock.patch.object(owner, name, broken), pytest.raises(Exception):  # noqa: B017
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [(Registry, "needed", held), (Registry, "retired", not_held)],
+        [(Registry, "_check_unused", lambda *_: None)],
+        [(Retention, "_read_run", lambda self, name, keep: read_run(self, name, 0))],
+        [(Retention, "_read_run", never_retired)],
+        [(Aliases, "follow", sets_the_first)],
+    ],
+)
+def test_what_is_broken_is_found(broken: Broken) -> None:
+    with ExitStack() as stack, pytest.raises(Exception):  # noqa: B017 - the sequences raise what they meet
+        for owner, name, instead in broken:
+            stack.enter_context(mock.patch.object(owner, name, instead))
         run_sequences(100, shrink=False)

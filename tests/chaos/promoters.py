@@ -20,14 +20,15 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from orchestrator.gates import Gate
 from orchestrator.reconciler import keep_aliases
-from orchestrator.registry import Gate, Registry
+from orchestrator.registry import Registry
 from orchestrator.site import Site
 from workers.errors import CheckpointError, ConfigError, DataError
 
 MODEL = "toy"
 ALIASES = ("champion", "champion", "candidate")
-GATE = Gate("val_accuracy", 0.5)
+GATE = Gate.of("val_accuracy", 0.5)
 
 
 @dataclass(frozen=True)

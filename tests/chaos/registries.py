@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tests.chaos.row import Lab, Row
 from tests.registries import run_sequences
 
-SEQUENCES = 200
+SEQUENCES = 100
 """Of up to 25 operations, in each trial."""
 
 
@@ -24,6 +24,6 @@ ROWS = [
         "R16",
         f"retention: nothing dangles, no orphan, in {SEQUENCES} sequences of all that is done, per trial",
         sequences,
-        short=1,
+        short=2,
     )
 ]
