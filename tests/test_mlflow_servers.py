@@ -65,9 +65,9 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             pytest.skip("MLflow's basic-auth needs Flask-WTF (pip: mlflow[auth])")
         backend = ""
         if request.param == "postgres":
-            if POSTGRES is None or importlib.util.find_spec("psycopg2") is None:
+            if POSTGRES is None or importlib.util.find_spec("psycopg") is None:
                 pytest.skip(
-                    "needs Postgres (apt-get install postgresql) and its client (pip: psycopg2-binary)"
+                    "needs Postgres (apt-get install postgresql) and its client (pip: psycopg[binary])"
                 )
             backend = stack.enter_context(postgres())
         config = tmp_path / "auth.ini"

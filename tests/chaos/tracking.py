@@ -58,7 +58,8 @@ class Mlflow:
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
             except (OSError, urllib.error.URLError):
-                assert time.monotonic() < deadline, "MLflow does not start"
+                alive = self._process.poll() is None and time.monotonic() < deadline
+                assert alive, "MLflow does not start"
                 time.sleep(0.1)
             else:
                 return
