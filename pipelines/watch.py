@@ -120,8 +120,7 @@ class Watch:
     def look(self) -> None:
         """Once: start what is missing, keep alive what runs."""
         self._registry = self._registry or open_registry(self._site)
-        for change in self._registry.reconcile(self._model):
-            self._tell(str(change))
+        self._registry.reconcile(self._model)  # it warns of what was moved by hand
         holder = self._registry.resolve(f"{self._model}@{self._alias}")
         self._say(f"{self._model}@{self._alias}, {holder.label}: {self._plan.step(self._registry, holder)}")
 

@@ -244,13 +244,18 @@ def test_what_somebody_stopped_stays_so_and_what_failed_is_not_tried_again(
 
 
 def test_an_alias_moved_by_hand_starts_nothing_and_outages_are_waited_out(
-    watched: Watched, fake: FakeRay, mlflow: FakeMlflow, registry: Registry, champions: list[Version]
+    watched: Watched,
+    fake: FakeRay,
+    mlflow: FakeMlflow,
+    registry: Registry,
+    champions: list[Version],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     promote(registry, champions[0])
     watched.look()
     mlflow.aliases["digits", "champion"] = "2"
     watched.look()
-    assert any("somebody moved it by hand" in text for text in watched.said)
+    assert "digits@champion named version 2 in MLflow, by the log of promotions version 1" in caplog.text
     assert mlflow.aliases["digits", "champion"] == "1"
     assert len(fake.jobs) == 1
 

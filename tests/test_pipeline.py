@@ -30,7 +30,12 @@ from workers.errors import CheckpointError, ConfigError, VitscaleError
 from workers.storage import Unavailable
 
 NAMES = list(yaml.safe_load(DIGITS.read_text())["stages"])
-TINY = ["stages.images={ingest: digits, to: data, limit: 400}", "stages.pretrain.set.model.size=digits-xs"]
+GATE = "gate={metric: val_accuracy, minimum: 0.9}"
+TINY = [
+    "stages.images={ingest: digits, to: data, limit: 400}",
+    "stages.pretrain.set.model.size=digits-xs",
+    *(f"stages.{name}.{GATE}" for name in ("champion", "children-promoted")),
+]
 
 
 class Died(BaseException):

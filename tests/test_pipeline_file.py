@@ -16,6 +16,7 @@ DIGITS = Path(__file__).parent.parent / "infra" / "pipelines" / "digits.yaml"
 def write(tmp_path: Path, **changes: Any) -> Path:
     """The example with other stages."""
     values = yaml.safe_load(DIGITS.read_text())
+    values["stages"]["champion"]["gate"] = {"metric": "val_accuracy", "minimum": 0.9}
     for stage, fields in changes.items():
         name = stage.replace("__", "-")
         values["stages"][name] = {**values["stages"].get(name, {}), **fields}
@@ -102,6 +103,10 @@ def test_a_stage_may_begin_with_what_is_registered(tmp_path: Path) -> None:
         ),
         ({"champion": {"to": "latest"}}, "stage champion: alias name 'latest'"),
         ({"champion": {"gate": "gate.yaml"}}, "stage champion: no file {folder}/gate.yaml"),
+        (
+            {"champion": {"gate": {"checks": [{"check": "slice"}]}}},
+            "stage champion: gate: checks.0.check: no check 'slice'; did you mean slices?",
+        ),
         ({"Bad": {"evaluate": "pretrain"}}, "stage Bad: its name: small letters, digits,"),
     ],
 )

@@ -259,7 +259,12 @@ def _check_reference(
 
 
 def _read_gate(gate: str | Mapping[str, Any], folder: Path) -> Gate:
-    return Gate.load(folder / gate) if isinstance(gate, str) else Gate.parse(gate)
+    if isinstance(gate, str):
+        return Gate.load(folder / gate)
+    try:
+        return Gate.parse(gate)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"gate: {line}" for line in str(error).splitlines())) from None
 
 
 def _is_reference(target: str) -> bool:

@@ -32,7 +32,7 @@ from pipelines.pipeline.file import (
 )
 from pipelines.pipeline.records import Made, Result, digest_of
 from pipelines.pretrain import read_config, train_all
-from pipelines.promote import promote
+from pipelines.promote import evaluate_for, promote
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
 
@@ -181,7 +181,10 @@ def _promote(site: Site, stage: Promote, gate: Gate, versions: list[Version], ta
     key = digest_of("promote", taken, stage.to, gate.digest)
 
     def do(console: Console) -> Result:
-        promotions = [promote(site, version.label, stage.to, gate) for version in versions]
+        promotions = []
+        for version in versions:
+            evaluate_for(site, version.label, stage.to, gate, console)
+            promotions.append(promote(site, version.label, stage.to, gate))
         summary = ", ".join(f"{p.model}@{p.alias} is version {p.version}" for p in promotions)
         return Result(summary, versions=tuple(map(_made, versions)))
 
