@@ -57,7 +57,7 @@ class Metric(Part):
         subject = case.challenger
         metrics = subject.manifest.metrics
         data = None
-        if self.data is not None or not metrics:
+        if self.data is not None:
             data = subject.data(self.data)
             metrics = subject.measured(data).metrics
         elif subject.manifest.config.get("data"):
@@ -65,7 +65,8 @@ class Metric(Part):
             data = DataSet(own.get("validation_url") or "", own.get("validation_fingerprint") or "")
         value = metrics.get(self.metric)
         if value is None:
-            raise ConfigError(f"{subject.label} has no metric {self.metric!r}; it has {', '.join(metrics)}")
+            known = ", ".join(metrics) or "none of its own; name data in the gate"
+            raise ConfigError(f"{subject.label} has no metric {self.metric!r}; it has {known}")
         at_least = self.minimum is not None
         limit = self.minimum if self.minimum is not None else self.maximum
         assert limit is not None

@@ -234,6 +234,38 @@ print(json.dumps([run.info.status, run.data.tags, run.data.params, nested]))
     assert params["stages.child.finetune"] == "vit-digits@champion"
 
 
+def test_an_evaluation_is_a_job_whose_result_is_kept(journey: Path) -> None:
+    """Which a gate then asks for, of the version and of the one that holds the alias."""
+    site = ("--site", str(journey / "site.yaml"))
+    command = ("evaluate", "vit-digits@champion", "--json", *site)
+    first = vitscale(*command)
+    assert first.returncode == 0, first.stderr
+    measured = json.loads(first.stdout)
+    assert measured["model"] == "vit-digits/1" and measured["metrics"]["val_images"] == 395
+    folder = journey / "runs" / "runs" / measured["run"] / "evaluations"
+    assert sorted(path.suffix for path in folder.rglob("*") if path.is_file()) == [".json", ".parquet"]
+    assert json.loads(vitscale(*command).stdout) == measured
+    gate = journey / "gate.yaml"
+    gate.write_text("checks: [{check: metric, minimum: 0.1}, {check: slices, worst: 1.0}, {check: lineage}]")
+    asked = (
+        "promote",
+        "vit-digits",
+        "1",
+        "--to",
+        "strict",
+        "--gate",
+        str(gate),
+        "--dry-run",
+        "--json",
+        *site,
+    )
+    done = vitscale(*asked)
+    assert done.returncode == 1, done.stderr
+    rows = {row["check"]: row for row in json.loads(done.stdout)["rows"]}
+    assert rows["metric"]["passed"] and rows["lineage"]["passed"] and not rows["slices"]["passed"]
+    assert "logits are those recorded" in rows["restore"]["reason"]
+
+
 def test_refusals_are_one_line_and_change_nothing(journey: Path) -> None:
     site = ("--site", str(journey / "site.yaml"))
     data = ("--data", "s3://vitscale/digits")

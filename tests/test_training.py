@@ -43,6 +43,7 @@ from workers.storage import open_store
 from workers.training import loop
 from workers.training.commits import CommitLog
 from workers.training.optim import learning_rate
+from workers.training.restore import restore_test
 
 GOLDEN = [
     *(2.30259, 2.30259, 2.29986, 2.30474, 2.29074, 2.28141, 2.29053, 2.35249, 2.36262, 2.30360),
@@ -244,6 +245,17 @@ def test_a_complete_run_is_left_alone(interrupted_config, undisturbed, tmp_path)
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     assert train_on(2, interrupted_config, url) == []
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_what_was_saved_computes_the_logits_that_were_recorded(undisturbed):
+    recorded = []
+    for url in undisturbed.values():
+        head = CommitLog(open_store(url)).head()
+        assert "logits are those recorded" in restore_test(f"{url}/{head.manifest}", head.digest)
+        recorded.append(head_manifest(url).probe)
+    one, two = (torch.tensor(probe["logits"]) for probe in recorded)
+    assert one.shape == (2, 10) and one.std() > 0.1
+    assert torch.allclose(one, two, atol=0.05)  # whatever the parameters were shared out to
 
 
 def fine_tuning(parent_config, parent_url, data_url, *, new_head=False, digest=None):
