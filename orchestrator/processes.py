@@ -33,6 +33,8 @@ MARK = "VITSCALE_SERVICE"
 HOST = "127.0.0.1"
 # Below Linux's range for outgoing connections (32768 and up), which could take a port that was free.
 FREE_PORTS = range(20_000, 32_000)
+RAY_WORKER_PORTS = range(10_002, 20_000)
+"""Which Ray gives to its workers, unless told otherwise."""
 LOG_TAIL = 15
 
 

@@ -29,6 +29,7 @@ from orchestrator.daemons import (
 )
 from orchestrator.processes import (
     MARK,
+    RAY_WORKER_PORTS,
     Progress,
     ServiceName,
     ServiceRecord,
@@ -195,6 +196,11 @@ def _choose_ports(
             continue
         if port in taken:
             raise ConfigError(f"port {port} for {LABELS[name]}: another service of vitscale has it")
+        if port in RAY_WORKER_PORTS:
+            first, last = RAY_WORKER_PORTS[0], RAY_WORKER_PORTS[-1]
+            raise ConfigError(
+                f"port {port} for {LABELS[name]}: Ray gives {first} to {last} to its workers; choose another"
+            )
         if not is_free(port):
             raise ConfigError(
                 f"port {port} for {LABELS[name]} is taken by {port_holder(port)}; choose another"
@@ -207,10 +213,10 @@ def _choose_ports(
         ports = dict(record.ports) if record else {}
         if port is not None:
             ports[public] = port
-        last = state.ports.get(name, {})
+        before = state.ports.get(name, {})
         for key, wishes in (
-            (public, (last.get(public), usual)),
-            *((key, (last.get(key),)) for key in INTERNAL_PORTS[name]),
+            (public, (before.get(public), usual)),
+            *((key, (before.get(key),)) for key in INTERNAL_PORTS[name]),
         ):
             if key not in ports:
                 usable = [wish for wish in wishes if wish and wish not in taken and is_free(wish)]

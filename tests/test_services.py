@@ -163,6 +163,12 @@ def test_a_second_command_waits_for_the_first(tmp_path):
     assert order == ["first", "second"]
 
 
+@pytest.mark.parametrize("name", ["s3_port", "mlflow_port", "ray_port"])
+def test_a_port_that_ray_gives_to_its_workers_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="Ray gives 10002 to 19999 to its workers; choose another"):
+        up(tmp_path / "site", object_store="swift", progress=lambda _: None, **{name: 17501})
+
+
 def test_a_port_that_was_asked_for_and_is_taken_is_refused_with_its_holder(tmp_path, listener):
     pid, port = listener
     assert not is_free(port)
