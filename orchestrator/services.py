@@ -50,7 +50,7 @@ from workers.storage import ensure_bucket, open_store, probe
 
 LABELS: dict[ServiceName, str] = {"object-store": "object store", "mlflow": "MLflow", "ray": "Ray"}
 RUNS_BUCKET = "s3://vitscale-runs"
-START_SECONDS = 90
+START_SECONDS = 240
 BUSY_SECONDS = 10
 """How long a service whose processes live may fail to answer before it counts as unhealthy."""
 PATIENCE: dict[ServiceName, float] = {"object-store": 10, "mlflow": 10, "ray": DRAIN_SECONDS + 10}
