@@ -75,15 +75,9 @@ class Aliases:
                     self._client.set_registered_model_tag(model, FOLLOWED_TAG + alias, str(holder.seq))
             done = holder
 
-    def astray(self, model: str) -> list[Change]:
-        """Where MLflow and the log differ."""
-        # MLflow first: what it says then follows a record that is in the log now.
-        found = self._find(model)
-        return self._differences(self._log.read(model), found) if found else []
-
     def moved_by_hand(self, model: str) -> dict[str, str]:
         """By alias: when it last was, and to which version."""
-        found = self._find(model)
+        found = self.said(model)
         tags: Mapping[str, str] = found.tags if found else {}
         return {
             name.removeprefix(MOVED_TAG): str(text)
@@ -94,11 +88,11 @@ class Aliases:
     def reconcile(self, model: str) -> list[Change]:
         """Have MLflow say what the log says; what it said instead."""
         check_name(model, "model")
-        found = self._find(model)
+        found = self.said(model)
         if found is None or self._is_settled(model, found):
             return []
         history = self._log.read(model)
-        changes = self._differences(history, found)
+        changes = self.differences(history, found)
         aliases = dict(found.aliases)
         for change in changes:
             if change.cause == "by hand":
@@ -122,7 +116,8 @@ class Aliases:
         count, aliases = self._settled.get(model, (0, None))
         return aliases == found.aliases and not self._log.has(model, count)
 
-    def _differences(self, history: Sequence[Promotion], found: RegisteredModel) -> list[Change]:
+    def differences(self, history: Sequence[Promotion], found: RegisteredModel) -> list[Change]:
+        """Of what MLflow said from what a log says that was read after it."""
         named = {alias: int(version) for alias, version in found.aliases.items()}
         changes, held = [], holders(history)
         for alias in sorted(named.keys() | held.keys()):
@@ -136,7 +131,8 @@ class Aliases:
             changes.append(Change(found.name, alias, was, now, cause))
         return changes
 
-    def _find(self, model: str) -> RegisteredModel | None:
+    def said(self, model: str) -> RegisteredModel | None:
+        """What MLflow has of a model; None if it has none."""
         with mlflow_errors(SERVICE):
             try:
                 return self._client.get_registered_model(model)

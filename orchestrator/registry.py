@@ -143,10 +143,13 @@ class Registry:
         """
         version = self.find(reference)
         self._check_source(version.label, version.manifest)
-        model, _, alias = reference.partition("@")
-        if alias and not ignore_moved_alias:
-            self._check_alias_is_ours(model, alias)
-        if version.version in (gone := retired(self.log.read(version.model))):
+        alias = "" if ignore_moved_alias else reference.partition("@")[2]
+        # MLflow first: what it says then follows a record that is in the log now.
+        said = self.aliases.said(version.model) if alias else None
+        history = self.log.read(version.model)
+        if said is not None:
+            self._check_alias_is_ours(alias, self.aliases.differences(history, said))
+        if version.version in (gone := retired(history)):
             raise CheckpointError(f"{version.label} was retired: {gone[version.version].reason}")
         return version
 
@@ -377,12 +380,12 @@ class Registry:
                 "nothing is read from elsewhere"
             )
 
-    def _check_alias_is_ours(self, model: str, alias: str) -> None:
-        for change in self.aliases.astray(model):
+    def _check_alias_is_ours(self, alias: str, changes: Iterable[Change]) -> None:
+        for change in changes:
             if change.alias == alias and change.cause == "by hand":
                 raise CheckpointError(
-                    f"{change}. `vitscale models {model}` puts it back; --ignore-moved-alias takes what the "
-                    "log says"
+                    f"{change}. `vitscale models {change.model}` puts it back; --ignore-moved-alias, where a "
+                    "command has it, takes what the log says"
                 )
 
     def _check_unused(self, version: Version, history: Sequence[Promotion]) -> None:

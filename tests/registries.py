@@ -27,10 +27,10 @@ from orchestrator.registry import Gate, Registry, Version
 from orchestrator.retention import Retention
 from tests.fake_mlflow import FakeMlflow
 from tests.test_config import changed
-from tests.test_retention import Run, Stopped, StoppedStore
+from tests.test_retention import Run, Stopped
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError
-from workers.storage import open_store
+from workers.storage import NotFound, S3Store, Store, join_url, open_store
 from workers.training.checkpoint import MANIFEST, open_manifest
 from workers.training.commits import Commit
 
@@ -51,6 +51,15 @@ def verify(url: str, digest: str) -> str:
         data = store.read(f"{manifest.directory}/{name}")
         assert hashlib.sha256(data).hexdigest() == entry["sha256"]
     return "it is there"
+
+
+def begin_upload(store: Store, key: str) -> None:
+    """Whose writer dies in it: a temporary file, or parts that nobody completes."""
+    if isinstance(store, S3Store):
+        name = {"Bucket": store.bucket, "Key": f"{store.prefix}/{key}"}
+        store._client.write("create_multipart_upload", store.url, **name)
+    else:
+        (store.root / key).with_name(".tmp-1").write_bytes(b"half")
 
 
 class Trained:
@@ -75,11 +84,15 @@ class Trained:
 
 
 class SiteMachine(RuleBasedStateMachine):
+    bucket = ""
+    """Of an S3 server; empty: a folder."""
+
     def __init__(self) -> None:
         super().__init__()
         # In memory: a third of the time is fsync.
         self.folder = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
-        self.url = Path(self.folder.name).as_uri()
+        folder = Path(self.folder.name)
+        self.url = join_url(self.bucket, folder.name) if self.bucket else folder.as_uri()
         self.mlflow = FakeMlflow()
         self.registry = Registry(self.mlflow, self.url)
         self.runs: list[Trained] = []
@@ -115,11 +128,13 @@ class SiteMachine(RuleBasedStateMachine):
         data.draw(st.sampled_from(self.unfinished())).commit(complete=complete)
 
     @precondition(lambda self: self.unfinished())
-    @rule(data=st.data(), manifest=st.booleans(), again=st.booleans())
-    def die_in_a_commit(self, data: st.DataObject, manifest: bool, again: bool) -> None:
+    @rule(data=st.data(), manifest=st.booleans(), upload=st.booleans(), again=st.booleans())
+    def die_in_a_commit(self, data: st.DataObject, manifest: bool, upload: bool, again: bool) -> None:
         run = data.draw(st.sampled_from(self.unfinished()))
         run.images += 1
-        run.writer.write(run.images, manifest=manifest)
+        directory, _ = run.writer.write(run.images, manifest=manifest)
+        if upload:
+            begin_upload(run.writer.store, f"{directory}/optimizer-00000-of-00001.safetensors")
         if again:
             run.writer.start()
 
@@ -208,8 +223,14 @@ class SiteMachine(RuleBasedStateMachine):
     @rule(keep=st.integers(1, 3) | st.none(), stop_after=st.integers(0, 6) | st.none())
     def collect(self, keep: int | None, stop_after: int | None) -> None:
         retention = self.retention(keep)
-        store = StoppedStore(retention._store.root, stop_after)
-        retention._store = store
+        delete, left = retention._store.delete, iter(range(stop_after if stop_after is not None else 1 << 30))
+
+        def stopped(key: str) -> None:
+            if next(left, None) is None:
+                raise Stopped
+            delete(key)
+
+        retention._store.delete = stopped
         with contextlib.suppress(Stopped):
             for garbage in list(retention.garbage()):
                 retention.delete(garbage)
@@ -244,6 +265,9 @@ class SiteMachine(RuleBasedStateMachine):
         retention = self.retention(keep)
         for garbage in list(retention.garbage()):
             retention.delete(garbage)
+        for upload in list(retention.uploads()):
+            retention.abort(upload)
+        assert list(open_store(self.url).uploads()) == []
         assert list(self.retention(keep).garbage()) == list(self.retention(keep).uploads()) == []
         needed = {v.manifest for v in self.registry.versions() if (v.model, v.version) not in self.retired}
         needed |= {promotion.manifest for promotion in self.holders()}
@@ -262,7 +286,11 @@ class SiteMachine(RuleBasedStateMachine):
     # What is the case.
 
     def is_there(self, key: str) -> bool:
-        return (Path(self.folder.name) / key).exists()
+        try:
+            open_store(self.url).head(key)
+        except NotFound:
+            return False
+        return True
 
     def unfinished(self) -> list[Trained]:
         return [run for run in self.runs if not run.complete]
@@ -327,8 +355,8 @@ def _die() -> None:
     raise MlflowException("killed")
 
 
-def run_sequences(count: int, *, shrink: bool = True) -> None:
+def run_sequences(count: int, *, shrink: bool = True, machine: type[SiteMachine] = SiteMachine) -> None:
     """Whatever a sequence ends with is raised, for the shortest one that is found if it is to `shrink`."""
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
     plain = settings(max_examples=count, stateful_step_count=25, deadline=None, database=None, phases=phases)
-    run_state_machine_as_test(SiteMachine, settings=plain)
+    run_state_machine_as_test(machine, settings=plain)
