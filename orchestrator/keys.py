@@ -70,7 +70,7 @@ class Keys:
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:
-    data = path.read_bytes()
+    data = _bytes(path)
     if len(data) == RAW_BYTES:
         return Ed25519PrivateKey.from_private_bytes(data)
     try:
@@ -87,7 +87,7 @@ def _read_private(path: Path) -> Ed25519PrivateKey:
 
 
 def _read_public(path: Path) -> tuple[Ed25519PublicKey, ...]:
-    data = path.read_bytes()
+    data = _bytes(path)
     if len(data) == RAW_BYTES:
         return (Ed25519PublicKey.from_public_bytes(data),)
     found = []
@@ -102,6 +102,13 @@ def _read_public(path: Path) -> tuple[Ed25519PublicKey, ...]:
     if not found:
         raise ConfigError(f"{path} holds no public key in PEM; `openssl pkey -pubout` writes one")
     return tuple(found)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _raw(key: Ed25519PublicKey) -> bytes:

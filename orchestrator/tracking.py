@@ -135,9 +135,15 @@ def mlflow_errors(what: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         # OSError: what requests raises for an artifact that the server could not pass on to its store.
-        refused = isinstance(error, MlflowException) and 400 <= error.get_http_status_code() < 429
-        kind = DataError if refused else Unavailable
-        raise kind(f"{what} failed ({root_cause(error)}); is it up? `vitscale up`") from error
+        status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
+        hint = "is it up? `vitscale up`"
+        if status in (401, 403):
+            hint = (
+                "it asks who you are: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "~/.mlflow/credentials, say that, and its administrator what you may do"
+            )
+        kind = DataError if 400 <= status < 429 else Unavailable
+        raise kind(f"{what} failed ({root_cause(error)}); {hint}") from error
 
 
 class JobRuns:

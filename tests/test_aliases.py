@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from typer.testing import CliRunner
 
 from orchestrator import reconciler
@@ -27,7 +27,7 @@ from tests.test_config import changed
 from tests.test_registry import finish, registered, run_config
 from workers.config import make_config
 from workers.errors import CheckpointError, ConfigError, DataError
-from workers.storage import open_store
+from workers.storage import Unavailable, open_store
 from workers.training.commits import CommitLog
 
 
@@ -191,6 +191,16 @@ def test_a_version_that_mlflow_did_not_make_is_an_error(
     mlflow.create_model_version = refuse
     with pytest.raises(DataError, match="connection refused"):
         registered(registry, store_url)
+
+
+def test_who_may_not_is_told_what_says_who_they_are(registry: Registry, mlflow: FakeMlflow) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RestException({"error_code": "PERMISSION_DENIED", "message": "no"})
+
+    mlflow.search_model_versions = refuse
+    with pytest.raises(DataError, match="MLFLOW_TRACKING_USERNAME") as caught:
+        registry.versions()
+    assert not isinstance(caught.value, Unavailable), "waiting helps nobody"
 
 
 def test_lineage_is_in_the_tags(registry: Registry, mlflow: FakeMlflow, versions: list[Version]) -> None:

@@ -167,6 +167,8 @@ def test_keys_that_are_none_are_named(tmp_path: Path, key: tuple[Path, Path]) ->
         bad.write_text(text)
         with pytest.raises(ConfigError, match="public key"):
             Keys.load(None, bad)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Keys.load(None, tmp_path)
     _, other = write_key(tmp_path, "other")
     with pytest.raises(ConfigError, match="lacks the public key of"):
         Keys.load(private, other)
