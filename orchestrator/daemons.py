@@ -19,6 +19,7 @@ from orchestrator.processes import (
     Progress,
     ServiceName,
     ServiceRecord,
+    http_answer,
     http_status,
     is_alive,
     write_file,
@@ -119,6 +120,9 @@ def answers(directory: Path, record: ServiceRecord) -> bool:
         return False
     token = {"Authorization": f"Bearer {_token_file(directory).read_text()}"}
     healthy = http_status(port, "/api/version", headers=token) == 200
+    if not record.ready:
+        # While it starts, its dashboard answers before there is a node, and even if none will come.
+        healthy = healthy and b'"ALIVE"' in http_answer(port, "/api/v0/nodes", headers=token)[1]
     return healthy and http_status(port, "/api/version") in (401, 403)
 
 

@@ -249,15 +249,23 @@ def http_status(
     port: int, path: str, *, body: str | None = None, headers: Mapping[str, str] | None = None
 ) -> int | None:
     """Of a GET, or a POST of JSON; None if nobody answers within 2 s. No proxy of the user's is asked."""
+    return http_answer(port, path, body=body, headers=headers)[0]
+
+
+def http_answer(
+    port: int, path: str, *, body: str | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int | None, bytes]:
+    """Likewise, with what is answered."""
     connection = http.client.HTTPConnection(HOST, port, timeout=2)
     try:
         if body is None:
             connection.request("GET", path, headers=dict(headers or {}))
         else:
             connection.request("POST", path, body, {"Content-Type": "application/json"})
-        return connection.getresponse().status
+        response = connection.getresponse()
+        return response.status, response.read()
     except (OSError, http.client.HTTPException):
-        return None
+        return None, b""
     finally:
         connection.close()
 
