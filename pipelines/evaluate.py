@@ -22,7 +22,7 @@ from workers.evaluation.fewshot import FewShot
 from workers.evaluation.predictions import Predictions
 from workers.evaluation.table import to_parquet
 from workers.evaluation.throughput import Throughput
-from workers.storage import AlreadyExists, open_store
+from workers.storage import AlreadyExists, NotFound, open_store
 from workers.training.checkpoint import MANIFEST
 
 
@@ -101,10 +101,16 @@ def evaluate_version(
     kept = Evaluations(site.runs)
     found = None if fresh else kept.find(subject.target)
     if found is None or not _covers(found, shots, throughput):
-        found = _measure(
-            site, subject, found, data=data, shots=shots, throughput=throughput, fresh=fresh, here=here,
-            gpus=gpus, bar=lambda label: make_bar(label, console),
-        )  # fmt: skip
+        try:
+            found = _measure(
+                site, subject, found, data=data, shots=shots, throughput=throughput, fresh=fresh, here=here,
+                gpus=gpus, bar=lambda label: make_bar(label, console),
+            )  # fmt: skip
+        except NotFound:
+            # The same command, given twice, shared the job, and took its parts away with its record kept.
+            found = None if fresh else kept.find(subject.target)
+            if found is None or not _covers(found, shots, throughput):
+                raise
     tell_mlflow(connect(site.mlflow), version, found, site)
     return found.model_copy(update={"model": version.label})
 
@@ -141,9 +147,8 @@ def _measure(
 ) -> Measured:
     """What `found` lacks, kept with the rest of it; of two commands at once the first one's record counts."""
     kept = Evaluations(site.runs)
-    job = None if here else ClusterJob(site, subject, kept.url(subject.target), data=data, gpus=gpus)
-    if job and fresh:
-        job.forget()
+    url = kept.url(subject.target)
+    job = None if here else ClusterJob(site, subject, url, data=data, gpus=gpus, fresh=fresh)
     predictions = None
     if found is None:
         if job:

@@ -22,6 +22,7 @@ from orchestrator.site import Site
 from pipelines import evaluate as stage
 from pipelines.cli import app
 from pipelines.evaluate import evaluate_version
+from pipelines.evaluation.cluster import ClusterJob
 from pipelines.evaluation.measure import Subject, join_parts
 from pipelines.evaluation.tasks import TASKS
 from tests.fake_mlflow import FakeMlflow
@@ -29,7 +30,7 @@ from tests.runs import tiny_config
 from tests.test_registry import finish
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.evaluation.table import from_parquet, to_parquet
-from workers.storage import open_store
+from workers.storage import NotFound, open_store
 
 CONSOLE = Console(quiet=True)
 
@@ -182,6 +183,21 @@ def test_of_two_at_once_one_record_wins(
     monkeypatch.setattr(Evaluations, "append", late)
     assert [measure(site, here=True)] == winners
     assert len([name for name in objects(site) if name.endswith(".json")]) == 1
+
+
+def test_the_same_command_twice_shares_the_job(
+    site: Site, version: Version, jobs: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is first keeps the record and deletes the parts that the other is about to read."""
+    predict, others = ClusterJob.predict, []
+
+    def overtaken(self: ClusterJob, bar: Any) -> Any:
+        monkeypatch.setattr(ClusterJob, "predict", predict)
+        others.append(measure(site))
+        raise NotFound("no object 00000-of-00001.parquet")
+
+    monkeypatch.setattr(ClusterJob, "predict", overtaken)
+    assert [measure(site)] == others
 
 
 def test_changed_predictions_are_not_used(site: Site, version: Version) -> None:

@@ -45,7 +45,6 @@ def rejections(images: int, discordance: float, delta: float, alpha: float = ALP
         (50, 0.1, -0.05),
         (91, 0.02, -0.02),  # no image of the challenger's alone
         (91, 0.3, -0.01),
-        (91, 0.3, 0.05),
         (395, 0.03, 0.0),
         (395, 0.05, -0.02),
     ],
@@ -59,7 +58,7 @@ def test_who_is_exactly_at_the_margin_passes_no_more_often_than_alpha(
 
 
 @pytest.mark.parametrize(("images", "delta"), [(20, -0.1), (35, -0.05), (20, 0.1)])
-@pytest.mark.parametrize("discordance", [0.12, 0.3, 0.6])
+@pytest.mark.parametrize("discordance", [0.12, 0.4])
 def test_the_error_rate_of_all_outcomes_together(images: int, delta: float, discordance: float) -> None:
     """Not of some that were drawn: each outcome with its probability."""
     rate = sum(

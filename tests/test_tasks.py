@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -164,6 +165,14 @@ def test_the_error_of_a_task_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         tasks._result("other")
     with pytest.raises(VitscaleError, match="lost its process 6 times"):
         tasks._result("lost")
+
+
+def test_tasks_that_no_node_has_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "room", lambda compute: SimpleNamespace(total=0))
+    spec = TaskSpec(function="predict", arguments=(), work="w", cpus=2, gpus=1)
+    with pytest.raises(ConfigError, match=r"no node of the cluster has 2 CPU and 1 GPU"):
+        tasks._check_room(spec)
+    tasks._check_room(spec.model_copy(update={"autoscaling": True}))
 
 
 @pytest.mark.services

@@ -1,6 +1,7 @@
 """Measuring as a job of the cluster: a task for each part of the validation set."""
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +22,11 @@ JOB = "pipelines.evaluation.job"
 class ClusterJob:
     """Of one subject; `url` is where its results are kept."""
 
-    def __init__(self, site: Site, subject: Subject, url: str, *, data: str | None, gpus: int | None) -> None:
-        """`gpus`: of each task; None: as many as a worker of its training had."""
+    def __init__(
+        self, site: Site, subject: Subject, url: str, *, data: str | None, gpus: int | None, fresh: bool
+    ) -> None:
+        """`gpus`: of each task; None: as many as a worker of its training had. `fresh`: what another job has
+        left is not used."""
         self._site = site
         self._total = subject.validation.num_samples
         config = subject.manifest.run_config
@@ -30,7 +34,8 @@ class ClusterJob:
         self._cpus = compute.cpus_per_worker
         self._gpus = compute.gpus_per_worker if gpus is None else gpus
         # What other code or other batches give is the same but for the last digits; it is kept apart.
-        facts = (workers.__version__, torch.__version__, subject.batch_size, self._cpus, self._gpus)
+        alone = secrets.token_hex(4) if fresh else ""
+        facts = (workers.__version__, torch.__version__, subject.batch_size, self._cpus, self._gpus, alone)
         folder = join_url(url, "parts", hashlib.sha256(repr(facts).encode()).hexdigest()[:8])
         self._asked = Asked(
             name=subject.checkpoint.name,
@@ -58,7 +63,7 @@ class ClusterJob:
         return read_extras(self._asked)
 
     def forget(self) -> None:
-        """What parts there are is not needed, or not to be used."""
+        """The parts are needed no more."""
         store = open_store(self._asked.folder)
         for info in list(store.list()):
             store.delete(info.key)
