@@ -22,7 +22,7 @@ from orchestrator.registry import Registry, Version
 from tests.chaos.cluster import PATIENCE, LocalCluster
 from tests.chaos.row import Lab, Row
 from tests.chaos.tracking import told_wrongly
-from tests.runs import BATCH, tiny_config, train_on
+from tests.runs import BATCH, tiny_config, train_rank
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
@@ -140,7 +140,7 @@ def launches(lab: Lab) -> Iterator[str]:
 def promote_parent(lab: Lab, cluster: LocalCluster) -> Version:
     """A champion to fine-tune; its gate is another row's."""
     config = tiny_config(lab.data, steps=2)
-    train_on(1, config, run_url(cluster.site.runs, config))
+    train_rank(config, run_url(cluster.site.runs, config))
     client = MlflowClient(cluster.site.mlflow)
     registry = Registry(client, cluster.site.runs)
     run = client.create_run(client.create_experiment("parents"))
