@@ -197,7 +197,8 @@ def test_a_pipeline_that_is_killed_goes_on_and_is_seen_in_mlflow(journey: Path) 
     process = subprocess.Popen(
         [*VITSCALE, "run", str(file), *site], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    run = wait_for(lambda: next(iter((journey / "runs" / "runs").glob("vit-digits-12px-*")), None))
+    runs = journey / "runs" / "runs"
+    run = wait_for(lambda: next(runs.glob("vit-digits-12px-*"), None), seconds=300)
     process.kill()
     process.wait()
     done = vitscale("run", str(file), "--json", *site)
