@@ -1,4 +1,5 @@
-"""The MLflow run of a pipeline: how its stages stand, as tags; the runs that they trained lie below it."""
+"""The MLflow run of a pipeline: how its stages stand, as a table in its description and as tags; the runs
+that they trained lie below it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -9,6 +10,10 @@ from mlflow.tracking import MlflowClient
 from orchestrator.tracking import MAX_PARAM, Tracking, flatten, mlflow_errors
 
 PARENT_TAG = "mlflow.parentRunId"
+DESCRIPTION_TAG = "mlflow.note.content"
+"""Which its page shows as Markdown."""
+MAX_DESCRIPTION = 5000
+"""MLflow's limit of a tag, in letters."""
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 
@@ -18,7 +23,9 @@ class PipelineRun:
         self._uri, self._experiment, self._name = uri, experiment, name
         self._values = values
 
-    def tell(self, tags: Mapping[str, str], status: Status, children: Iterable[str]) -> None:
+    def tell(
+        self, tags: Mapping[str, str], description: str, status: Status, children: Iterable[str]
+    ) -> None:
         """All of it, each time: what an outage has cost is made up for by the next call.
 
         `children`: names of runs that are to lie below it, those that are there and below no other."""
@@ -31,9 +38,9 @@ class PipelineRun:
                 for name, value in flatten(self._values).items()
                 if name not in logged and value is not None
             ]
-            tracking.client.log_batch(
-                run_id, params=params, tags=[RunTag(name, value[:MAX_PARAM]) for name, value in tags.items()]
-            )
+            told = [RunTag(name, value[:MAX_PARAM]) for name, value in tags.items()]
+            told.append(RunTag(DESCRIPTION_TAG, description[:MAX_DESCRIPTION]))
+            tracking.client.log_batch(run_id, params=params, tags=told)
             for child in filter(None, map(tracking.find_run, children)):
                 _adopt(tracking.client, child, run_id)
         if status == "RUNNING":

@@ -33,6 +33,7 @@ from orchestrator.versions import (
     distinct,
     manifest_url,
     readable,
+    to_description,
     to_source,
     to_tags,
 )
@@ -99,12 +100,18 @@ class Registry:
             if version.digest == head.digest:
                 return version
         manifest = join_url(url, head.manifest)
-        tags = to_tags(open_manifest(manifest, head.digest)[1], head.digest)
+        facts = open_manifest(manifest, head.digest)[1]
         lost: Unavailable | None = None
         try:
             with mlflow_errors(SERVICE):
                 self._ensure_model(model)
-                self._client.create_model_version(model, source=to_source(manifest), run_id=run_id, tags=tags)
+                self._client.create_model_version(
+                    model,
+                    source=to_source(manifest),
+                    run_id=run_id,
+                    tags=to_tags(facts, head.digest),
+                    description=to_description(facts),
+                )
         except Unavailable as error:
             # It may be there all the same.
             lost = error

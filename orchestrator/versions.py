@@ -57,6 +57,18 @@ def to_tags(manifest: Manifest, digest: str) -> dict[str, str]:
     return tags | {f"metric.{name}": repr(value) for name, value in manifest.metrics.items()}
 
 
+def to_description(manifest: Manifest) -> str:
+    """A line for MLflow's pages."""
+    init = manifest.config.get("init") or {}
+    size = manifest.model.size
+    facts = [f"{manifest.model.family} {size}, {size_text(manifest.model.image_size)} px"]
+    if (accuracy := manifest.metrics.get("val_accuracy")) is not None:
+        facts.append(f"val accuracy {accuracy:.1%}")
+    if parent := init.get("parent"):
+        facts.append(f"fine-tuned from {parent}")
+    return ", ".join([*facts, f"run {manifest.run}"])
+
+
 def to_source(manifest_url: str) -> str:
     return LOCAL + manifest_url if manifest_url.startswith("file:") else manifest_url
 

@@ -39,13 +39,20 @@ class FakeMlflow:
         self.models[name] = []
         self.tags[name] = {}
 
-    def create_model_version(self, name: str, source: str, run_id: str, tags: dict[str, str]) -> Any:
+    def create_model_version(
+        self, name: str, source: str, run_id: str, tags: dict[str, str], description: str = ""
+    ) -> Any:
         self._up()
         assert not source.startswith("file:"), "MLflow refuses local paths"
         assert all(isinstance(value, str) for value in tags.values())
         versions = self.models[name]
         version = SimpleNamespace(
-            name=name, version=str(len(versions) + 1), source=source, run_id=run_id, tags=dict(tags)
+            name=name,
+            version=str(len(versions) + 1),
+            source=source,
+            run_id=run_id,
+            tags=dict(tags),
+            description=description,
         )
         versions.append(version)
         return version

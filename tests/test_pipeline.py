@@ -21,6 +21,7 @@ from pipelines.pipeline.file import read_pipeline
 from pipelines.pipeline.records import StageRecords
 from pipelines.pipeline.run import StageState, new_states, plan, run
 from pipelines.pipeline.show import clock, shown, table
+from pipelines.pipeline.tell import describe
 from tests.fake_mlflow import FakeMlflow
 from tests.test_cluster import SITE
 from tests.test_pipeline_file import DIGITS
@@ -268,3 +269,16 @@ def test_the_command_tells_machines_how_stages_stand(
 
 def unavailable(*arguments: Any) -> None:
     raise Unavailable("MLflow is away")
+
+
+def test_mlflow_s_page_shows_the_stages_as_a_table() -> None:
+    states = [
+        StageState("pretrain", "train", "done", about="toy/1 97.0%", took=100.0),
+        StageState("champion", "promote", "failed", about="a | b\nmore"),
+    ]
+    assert describe(states).splitlines() == [
+        "| stage | does | state | took | result |",
+        "| --- | --- | --- | --- | --- |",
+        "| pretrain | train | done | 1:40 | toy/1 97.0% |",
+        "| champion | promote | failed |  | a \\| b |",
+    ]

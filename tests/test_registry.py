@@ -122,6 +122,15 @@ def test_a_source_in_object_storage_is_registered_as_it_is(
     assert registry.versions()[1].manifest == "s3://runs/x/checkpoints/1-0/MANIFEST.json"
 
 
+def test_a_version_says_in_a_line_what_it_is(registry: Registry, mlflow: FakeMlflow, store_url: str) -> None:
+    config = run_config()
+    finish(store_url, config)
+    registry.register("toy", config, "run-id")
+    assert mlflow.models["toy"][0].description == (
+        f"vit digits-xs, 8 px, val accuracy 90.0%, fine-tuned from toy/1, run {config.run}"
+    )
+
+
 def test_registering_again_makes_no_second_version(
     registry: Registry, mlflow: FakeMlflow, store_url: str
 ) -> None:

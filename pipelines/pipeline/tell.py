@@ -7,6 +7,7 @@ from orchestrator.site import Site
 from pipelines.pipeline.file import Pipeline
 from pipelines.pipeline.records import digest_of
 from pipelines.pipeline.run import StageState, Told
+from pipelines.pipeline.show import clock
 from pipelines.pretrain import EXPERIMENT
 from workers.errors import DataError
 
@@ -25,11 +26,22 @@ def teller(site: Site, pipeline: Pipeline) -> Told:
     def told(states: list[StageState], state: StageState) -> None:
         tags = {f"stage.{s.name}.{field}": value for s in states for field, value in _tags(s).items()}
         try:
-            run.tell(tags, _status(states), [name for s in states for name in s.runs])
+            runs = [name for s in states for name in s.runs]
+            run.tell(tags, describe(states), _status(states), runs)
         except DataError as error:
             log.warning("MLflow is not told how %s stands: %s", pipeline.name, error)
 
     return told
+
+
+def describe(states: list[StageState]) -> str:
+    """A table in Markdown."""
+    rows = ["| stage | does | state | took | result |", "| --- | --- | --- | --- | --- |"]
+    for state in states:
+        took = "" if state.took is None else clock(state.took)
+        about = state.about.partition("\n")[0].replace("|", "\\|")
+        rows.append(f"| {' | '.join((state.name, state.kind, state.state, took, about))} |")
+    return "\n".join(rows)
 
 
 def _tags(state: StageState) -> dict[str, str]:
