@@ -46,6 +46,7 @@ def make_tar(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_F
     return buffer.getvalue()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups next
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two lanes (`make test`), tests that start services are one: they find them on the machine."""
     for item in items:
