@@ -1,10 +1,13 @@
 """Starting a job so that whoever dies on the way leaves nothing that runs unknown, and watching champions."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ray.job_submission import JobStatus
+from rich.console import Console
 
 from orchestrator import ray_jobs
 from orchestrator.job import JobSpec, find_spec, list_runs
@@ -13,15 +16,16 @@ from orchestrator.registry import Registry, Version
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
 from pipelines.finetune import Tuning, finetune_configs, name_children
+from pipelines.pipeline.file import read_pipeline
 from pipelines.pretrain import make_spec, submit
-from pipelines.watch import FineTune, Watch
+from pipelines.watch import FineTune, RunPipeline, Watch
 from tests.fake_mlflow import FakeMlflow
 from tests.runs import tiny_config
 from tests.test_cluster import SITE, FakeRay
 from tests.test_config import VALUES, changed
 from tests.test_registry import finish
 from workers.config import make_config
-from workers.errors import ConfigError, DataError, VitscaleError
+from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
 from workers.files import FileStore
 from workers.storage import open_store
 
@@ -285,3 +289,37 @@ def test_an_alias_moved_by_hand_starts_nothing_and_outages_are_waited_out(
     assert any("gone" in text for text in watched.said)
     assert watched.said[-1] == "ended; what runs goes on"
     assert len(fake.jobs) == 2
+
+
+def test_a_pipeline_is_gone_through_once_for_each_holder(
+    site: Site,
+    registry: Registry,
+    champions: list[Version],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "children.yaml"
+    stages = {"children": {"finetune": "digits@champion", "image_sizes": [16]}}
+    path.write_text(yaml.safe_dump({"name": "children", "stages": stages}))
+    pipeline, console = read_pipeline(path), Console(quiet=True)
+    with pytest.raises(ConfigError, match="pipeline children: none of its stages takes digits@candidate"):
+        RunPipeline(site, pipeline, "digits@candidate", console)
+    endings: list[Exception | None] = [DataError("MLflow is away"), None, CheckpointError("a gate refuses")]
+
+    def run(*arguments: object) -> None:
+        if (ending := endings.pop(0)) is not None:
+            raise ending
+
+    monkeypatch.setattr("pipelines.watch.run", run)
+    said: list[str] = []
+    plan = RunPipeline(site, pipeline, "digits@champion", console)
+    watch = Watch(site, "digits", "champion", plan, said.append)
+    promote(registry, champions[0])
+    with pytest.raises(DataError, match="MLflow is away"):
+        watch.look()  # an outage is not its end
+    for number, told in ((1, "pipeline children is done"), (2, "ended: a gate refuses")):
+        promote(registry, champions[number - 1])
+        for _ in range(2):
+            watch.look()
+            assert said[-1] == f"digits@champion, digits/{number}: {told}"
+    assert not endings
