@@ -35,7 +35,7 @@ check: $(READY)  ## format, lint, types
 
 test: check  ## check, then all tests
 	@echo "== pytest, in two lanes"
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2
 
 test-fast: check  ## check, then the tests that start no services: about a minute
 	@echo "== pytest, without services"

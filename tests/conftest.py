@@ -1,6 +1,7 @@
 """Small real inputs for all tests: stores in temporary folders, shards of tiny PNGs."""
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from orchestrator import services as local_services
 from orchestrator.daemons import _ray_folder
@@ -46,12 +48,22 @@ def make_tar(members: Iterable[tuple[str, bytes]], format: int = tarfile.USTAR_F
     return buffer.getvalue()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups next
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two lanes (`make test`), tests that start services are one: they find them on the machine."""
-    for item in items:
-        if item.get_closest_marker("services"):
-            item.add_marker(pytest.mark.xdist_group("services"))
+class Lanes(LoadScopeScheduling):
+    """Of tests side by side (`make test`): those of a file stay together, and so do all files that start
+    services, since two starts at once may take the same ports."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "services" if starts_services(file) else file
+
+
+@functools.cache
+def starts_services(file: str) -> bool:
+    return "mark.services" in (Path(__file__).parents[1] / file).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Lanes:
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
