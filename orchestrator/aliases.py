@@ -19,11 +19,10 @@ from mlflow.tracking import MlflowClient
 from orchestrator.job import check_name
 from orchestrator.promotions import Promotion, PromotionLog, holders
 from orchestrator.tracking import mlflow_errors
-from orchestrator.versions import DIGEST_TAG
+from orchestrator.versions import DIGEST_TAG, SERVICE
 
 log = logging.getLogger(__name__)
 
-SERVICE = "MLflow's model registry"
 FOLLOWED_TAG = "vitscale.followed."
 MOVED_TAG = "vitscale.moved_by_hand."
 """With the alias: when a person last moved it, and to which version."""

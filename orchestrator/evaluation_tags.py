@@ -6,9 +6,9 @@ from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 
 from orchestrator.evaluations import Measured
-from orchestrator.registry import SERVICE, Version
 from orchestrator.site import Site
 from orchestrator.tracking import mlflow_errors
+from orchestrator.versions import SERVICE, Version
 from workers.models.sizes import size_text
 
 SHOWN = ("val_accuracy", "val_accuracy_low", "val_accuracy_high", "val_top5", "val_loss", "val_ece")

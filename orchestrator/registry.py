@@ -12,44 +12,27 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Literal
 
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import RestException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.aliases import SERVICE, Aliases, Change
+from orchestrator.aliases import Aliases, Change
 from orchestrator.evidence import Case, Evidence, ancestors
 from orchestrator.gates import Gate, Verdict
 from orchestrator.job import check_name, unfinished_on
 from orchestrator.judgements import Judgements
 from orchestrator.keys import Keys
-from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before, retired
+from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before, holders, retired
 from orchestrator.site import Site
-from orchestrator.tracking import connect, mlflow_errors
-from orchestrator.versions import (
-    DIGEST_TAG,
-    DUPLICATE_TAG,
-    RETIRED_TAG,
-    Version,
-    distinct,
-    manifest_url,
-    readable,
-    to_description,
-    to_source,
-    to_tags,
-)
+from orchestrator.tracking import connect
+from orchestrator.versions import Version, Versions, manifest_url
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
-from workers.storage import AlreadyExists, Unavailable, join_url, open_store
+from workers.storage import AlreadyExists, join_url, open_store
 from workers.training.checkpoint import open_manifest
 from workers.training.commits import CommitLog
 from workers.training.restore import restore_test
 
-__all__ = ["DIGEST_TAG", "SERVICE", "Change", "Gate", "Registry", "Version", "open_registry"]
-
 log = logging.getLogger(__name__)
 
-PAGE = 1000
-"""Versions per answer."""
 MANIFEST_KEY = re.compile(r"/runs/[A-Za-z0-9][A-Za-z0-9._-]*/checkpoints/\d+-\d+/MANIFEST\.json")
 """Of a run, below the root of a store of runs."""
 
@@ -75,7 +58,7 @@ def open_registry(site: Site) -> "Registry":
 class Registry:
     def __init__(self, client: MlflowClient, runs: str, keys: Keys | None = None) -> None:
         """Without keys nothing is signed and no signature asked for: of a site, use `open_registry`."""
-        self._client = client
+        self._versions = Versions(client)
         self._runs = runs
         self.log = PromotionLog(open_store(runs), keys)
         self.aliases = Aliases(client, self.log)
@@ -86,11 +69,7 @@ class Registry:
         return self.register_run(model, config.run, run_id)
 
     def register_run(self, model: str, run: str, run_id: str) -> Version:
-        """Likewise, by the run's name: weights that were imported have no configuration.
-
-        MLflow may make a version and its reply be lost, or two clients register at once: of several versions
-        of one manifest the first is *the* version, the others are marked and never listed.
-        """
+        """Likewise, by the run's name: weights that were imported have no configuration."""
         check_name(model, "model")
         url = join_url(self._runs, "runs", run)
         head = CommitLog(open_store(url)).head()
@@ -101,34 +80,17 @@ class Registry:
                 return version
         manifest = join_url(url, head.manifest)
         facts = open_manifest(manifest, head.digest)[1]
-        lost: Unavailable | None = None
-        try:
-            with mlflow_errors(SERVICE):
-                self._ensure_model(model)
-                self._client.create_model_version(
-                    model,
-                    source=to_source(manifest),
-                    run_id=run_id,
-                    tags=to_tags(facts, head.digest),
-                    description=to_description(facts),
-                )
-        except Unavailable as error:
-            # It may be there all the same.
-            lost = error
-        made = self._sole_version(model, manifest, head.digest)
-        if made is None:
-            raise lost or CheckpointError(f"MLflow made no version of {manifest}, or its tags were changed")
-        return made
+        return self._versions.make(model, manifest, head.digest, facts, run_id)
 
     def versions(self, model: str | None = None) -> list[Version]:
         """Oldest first; of one model, or of all."""
-        return distinct(readable(self._search(model)))
+        return self._versions.all(model)
 
     def needed(self, retired_before: float | None = None) -> set[str]:
         """URLs of all manifests that a version, whatever its tags, or a promotion points to, but for versions
         that were retired before that time (None: for those, too)."""
         out = {(record.model, record.version) for record in self._retirements(retired_before)}
-        sources = {manifest_url(v) for v in self._search() if (v.name, int(v.version)) not in out}
+        sources = {manifest_url(v) for v in self._versions.search() if (v.name, int(v.version)) not in out}
         promoted = {
             record.manifest
             for model in self.log.models()
@@ -177,11 +139,11 @@ class Registry:
             if int(number) not in versions:
                 raise ConfigError(f"{model} has no version {number}; it has {_list(versions)}")
             return versions[int(number)]
-        holders = self.log.holders(model)
-        if alias not in holders:
-            known = ", ".join(sorted(holders)) or "none; promote a version with `vitscale promote`"
+        promoted = self.log.holders(model)
+        if alias not in promoted:
+            known = ", ".join(sorted(promoted)) or "none; promote a version with `vitscale promote`"
             raise ConfigError(f"{model} has no alias {alias!r}; its aliases: {known}")
-        promotion = holders[alias]
+        promotion = promoted[alias]
         version = versions.get(promotion.version)
         if version is None or version.digest != promotion.digest:
             raise CheckpointError(
@@ -245,7 +207,7 @@ class Registry:
 
     def _judge(self, version: Version, alias: str, gate: Gate, history: Sequence[Promotion]) -> Judgement:
         _check_in_use(history, version.version)
-        holder = _holder(history, alias)
+        holder = holders(history).get(alias)
         challenger = Evidence(self._runs, version.label, version.manifest, version.digest)
         against = None
         if holder is not None and holder.digest != version.digest:
@@ -275,14 +237,14 @@ class Registry:
         check_name(model, "model")
         check_name(alias, "alias")
         history = self.log.read(model)
-        holder = _holder(history, alias)
+        holder = holders(history).get(alias)
         if holder is None:
             known = _list(sorted({p.alias for p in history if p.alias})) or "none"
             raise ConfigError(f"{model} has no alias {alias!r}; its aliases: {known}")
         target = held_before(history, alias) if version is None else version
         if target is None:
             raise ConfigError(f"{model}@{alias} is version {holder.version}, and none held it before")
-        earlier = _holder([p for p in history if p.version == target], alias)
+        earlier = holders([p for p in history if p.version == target]).get(alias)
         if earlier is None or target == holder.version:
             held = _list(sorted({p.version for p in history if p.alias == alias} - {holder.version}))
             raise ConfigError(f"{model}@{alias} can go back to {held or 'none'}, not to {target}")
@@ -323,8 +285,7 @@ class Registry:
                 self._check_unused(version, history)
                 made = self._append(_record("retirement", model, history, reason, version))
             if made is not None:
-                with mlflow_errors(SERVICE):
-                    self._client.set_model_version_tag(model, str(number), RETIRED_TAG, made.reason or "yes")
+                self._versions.mark_retired(model, number, made.reason)
                 return made
 
     def sign(self, model: str, reason: str) -> Promotion | None:
@@ -349,35 +310,6 @@ class Registry:
             self.aliases.follow(made.model, made.alias)
         return made
 
-    def _search(self, model: str | None = None) -> list[ModelVersion]:
-        if model:
-            check_name(model, "model")
-        query = f"name = '{model}'" if model else ""
-        with mlflow_errors(SERVICE):
-            page = self._client.search_model_versions(query, max_results=PAGE)
-            found = list(page)
-            while page.token:
-                page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
-                found += page
-        return found
-
-    def _sole_version(self, model: str, manifest: str, digest: str) -> Version | None:
-        """The first of a manifest's versions; later ones are marked."""
-        ours = [v for v in readable(self._search(model)) if (v.manifest, v.digest) == (manifest, digest)]
-        if not ours:
-            return None
-        first = distinct(ours)[0]
-        for version in ours:
-            if version != first:
-                log.warning(
-                    "%s points to the same manifest as %s and is left out", version.label, first.label
-                )
-                with mlflow_errors(SERVICE):
-                    self._client.set_model_version_tag(
-                        model, str(version.version), DUPLICATE_TAG, str(first.version)
-                    )
-        return first
-
     def _check_source(self, label: str, manifest: str) -> None:
         """Before anything is read from it: MLflow lets whoever may register name any address."""
         below = manifest.startswith(self._runs) and MANIFEST_KEY.fullmatch(manifest[len(self._runs) :])
@@ -396,8 +328,7 @@ class Registry:
                 )
 
     def _check_unused(self, version: Version, history: Sequence[Promotion]) -> None:
-        aliases = sorted({p.alias for p in history if p.alias})
-        held = [alias for alias in aliases if (p := _holder(history, alias)) and p.version == version.version]
+        held = sorted(alias for alias, p in holders(history).items() if p.version == version.version)
         if held:
             raise ConfigError(
                 f"{version.label} is {', '.join(f'{version.model}@{alias}' for alias in held)}; promote "
@@ -414,17 +345,6 @@ class Registry:
             return []
         logs = (self.log.read(model) for model in self.log.models())
         return [record for history in logs for record in retired(history).values() if record.time <= before]
-
-    def _ensure_model(self, model: str) -> None:
-        try:
-            self._client.create_registered_model(model)
-        except RestException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-
-
-def _holder(history: Sequence[Promotion], alias: str) -> Promotion | None:
-    return next((promotion for promotion in reversed(history) if promotion.alias == alias), None)
 
 
 def _check_in_use(history: Sequence[Promotion], version: int) -> None:

@@ -5,17 +5,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import RestException
+from mlflow.tracking import MlflowClient
 
-from workers.errors import ConfigError
+from orchestrator.job import check_name
+from orchestrator.tracking import mlflow_errors
+from workers.errors import CheckpointError, ConfigError
 from workers.models.sizes import parse_size, size_text
+from workers.storage import Unavailable
 from workers.training.checkpoint import Manifest
 
 log = logging.getLogger(__name__)
 
+SERVICE = "MLflow's model registry"
 DIGEST_TAG = "vitscale.manifest_sha256"
 DUPLICATE_TAG = "vitscale.duplicate_of"
 """Of a version that was made though there was one of this manifest, such as after a reply that was lost."""
 RETIRED_TAG = "vitscale.retired"
+PAGE = 1000
+"""Versions per answer."""
 LOCAL = "vitscale-"
 """Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
 
@@ -40,6 +48,82 @@ class Version:
     @property
     def label(self) -> str:
         return f"{self.model}/{self.version}"
+
+
+class Versions:
+    """All that MLflow's registry has."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def all(self, model: str | None = None) -> list[Version]:
+        """Oldest first; of one model, or of all."""
+        return distinct(readable(self.search(model)))
+
+    def search(self, model: str | None = None) -> list[ModelVersion]:
+        """Those that are not ours, too."""
+        if model:
+            check_name(model, "model")
+        query = f"name = '{model}'" if model else ""
+        with mlflow_errors(SERVICE):
+            page = self._client.search_model_versions(query, max_results=PAGE)
+            found = list(page)
+            while page.token:
+                page = self._client.search_model_versions(query, max_results=PAGE, page_token=page.token)
+                found += page
+        return found
+
+    def make(self, model: str, manifest: str, digest: str, facts: Manifest, run_id: str) -> Version:
+        """Of the manifest at a URL.
+
+        MLflow may make a version and its reply be lost, or two clients make one at once: of several versions
+        of one manifest the first is *the* version, the others are marked and never listed.
+        """
+        lost: Unavailable | None = None
+        try:
+            with mlflow_errors(SERVICE):
+                self._ensure_model(model)
+                self._client.create_model_version(
+                    model,
+                    source=to_source(manifest),
+                    run_id=run_id,
+                    tags=to_tags(facts, digest),
+                    description=to_description(facts),
+                )
+        except Unavailable as error:
+            # It may be there all the same.
+            lost = error
+        made = self._sole(model, manifest, digest)
+        if made is None:
+            raise lost or CheckpointError(f"MLflow made no version of {manifest}, or its tags were changed")
+        return made
+
+    def mark_retired(self, model: str, version: int, reason: str) -> None:
+        with mlflow_errors(SERVICE):
+            self._client.set_model_version_tag(model, str(version), RETIRED_TAG, reason or "yes")
+
+    def _sole(self, model: str, manifest: str, digest: str) -> Version | None:
+        """The first of a manifest's versions; later ones are marked."""
+        ours = [v for v in readable(self.search(model)) if (v.manifest, v.digest) == (manifest, digest)]
+        if not ours:
+            return None
+        first = distinct(ours)[0]
+        for version in ours:
+            if version != first:
+                log.warning(
+                    "%s points to the same manifest as %s and is left out", version.label, first.label
+                )
+                number, instead = str(version.version), str(first.version)
+                with mlflow_errors(SERVICE):
+                    self._client.set_model_version_tag(model, number, DUPLICATE_TAG, instead)
+        return first
+
+    def _ensure_model(self, model: str) -> None:
+        try:
+            self._client.create_registered_model(model)
+        except RestException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
 
 
 def to_tags(manifest: Manifest, digest: str) -> dict[str, str]:

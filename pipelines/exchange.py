@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.job import check_name
-from orchestrator.registry import Registry, Version, open_registry
+from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
+from orchestrator.versions import Version
 from pipelines.pretrain import EXPERIMENT
 from workers.errors import ConfigError
 from workers.models.formats import FORMATS, Format

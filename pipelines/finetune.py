@@ -6,8 +6,9 @@ from typing import cast, get_args
 
 from rich.console import Console
 
-from orchestrator.registry import Version, open_registry
+from orchestrator.registry import open_registry
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines.children import FineTuning, fine_tune
 from pipelines.facts import DataFacts
 from pipelines.pretrain import train, train_all

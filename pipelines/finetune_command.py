@@ -22,7 +22,7 @@ from pipelines.training_commands import print_version
 from workers.models.sizes import parse_size, size_text
 
 if TYPE_CHECKING:
-    from orchestrator.registry import Version
+    from orchestrator.versions import Version
     from pipelines.finetune import ImageSize
 
 ImageSizes = Annotated[

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.promotions import Promotion, retired
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
+from orchestrator.versions import Version
 from workers.errors import CheckpointError, DataError
 from workers.training.checkpoint import Manifest, open_manifest
 

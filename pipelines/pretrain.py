@@ -10,9 +10,10 @@ from rich.console import Console
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, name_runs, run_head, write_spec
 from orchestrator.job_records import unwish, wish
-from orchestrator.registry import Registry, Version, open_registry
+from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
+from orchestrator.versions import Version
 from pipelines.interrupts import Interrupts
 from pipelines.progress import JobProgress
 from pipelines.recipes import RECIPES, read_facts

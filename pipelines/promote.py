@@ -2,8 +2,9 @@
 
 from rich.console import Console
 
+from orchestrator.gates import Gate
 from orchestrator.promotions import Promotion
-from orchestrator.registry import Gate, Judgement, open_registry
+from orchestrator.registry import Judgement, open_registry
 from orchestrator.site import Site
 from pipelines.evaluate import evaluate_version
 from workers.errors import ConfigError

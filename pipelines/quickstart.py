@@ -15,9 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.registry import Gate, Version
+from orchestrator.gates import Gate
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
+from orchestrator.versions import Version
 from pipelines.finetune import finetune, finetune_config
 from pipelines.ingest import IngestReport, ingest
 from pipelines.journal import Journal

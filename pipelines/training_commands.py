@@ -21,7 +21,7 @@ from pipelines.terminal import (
 from workers.models.sizes import size_text
 
 if TYPE_CHECKING:
-    from orchestrator.registry import Version
+    from orchestrator.versions import Version
 
 ENDS = ("_low", "_high", "_images")
 """Of intervals' metrics: `vitscale evaluate` shows them."""

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from orchestrator.job import JobSpec
 from orchestrator.job_records import read_wish
-from orchestrator.registry import Registry, Version, open_registry
+from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
+from orchestrator.versions import Version
 from pipelines.finetune import Tuning, finetune_configs, name_children, sweep_label
 from pipelines.interrupts import Interrupts
 from pipelines.pipeline.file import Pipeline

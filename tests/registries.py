@@ -21,10 +21,12 @@ from hypothesis.stateful import (
 )
 from mlflow.exceptions import MlflowException
 
+from orchestrator.gates import Gate
 from orchestrator.job import JobSpec, write_spec
 from orchestrator.job_records import wish, write_done
-from orchestrator.registry import Gate, Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.retention import Retention
+from orchestrator.versions import Version
 from tests.fake_mlflow import FakeMlflow
 from tests.test_config import changed
 from tests.test_retention import Run, Stopped

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from orchestrator import reconciler
 from orchestrator.aliases import FOLLOWED_TAG, MOVED_TAG, OVERTAKEN_SECONDS
+from orchestrator.gates import Gate
 from orchestrator.job import JobSpec, write_spec
 from orchestrator.job_records import wish, write_done
-from orchestrator.registry import Gate, Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.retention import Retention
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines.cli import app
 from pipelines.lineage import lineage
 from tests.fake_mlflow import FakeMlflow

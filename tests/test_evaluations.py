@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from orchestrator import registry as registry_module
 from orchestrator import tasks, tracking
 from orchestrator.evaluations import Evaluations, Measured
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.retention import Retention
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines import evaluate as stage
 from pipelines.cli import app
 from pipelines.evaluate import evaluate_version

@@ -11,7 +11,8 @@ from rich.console import Console
 
 import pipelines.exchange
 import pipelines.finetune
-from orchestrator.registry import Gate, Registry
+from orchestrator.gates import Gate
+from orchestrator.registry import Registry
 from orchestrator.site import Site
 from pipelines.exchange import export_version, import_file
 from pipelines.finetune import finetune, finetune_config

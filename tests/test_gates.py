@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from orchestrator import registry as registry_module
 from orchestrator.evaluations import Evaluations, Measured
 from orchestrator.gates import Gate
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines.cli import app
 from tests.fake_mlflow import FakeMlflow
 from tests.test_config import VALUES, changed

@@ -12,9 +12,10 @@ from rich.console import Console
 from orchestrator import ray_jobs
 from orchestrator.job import JobSpec, find_spec, list_runs
 from orchestrator.job_records import is_wished, read_wish, wish, write_done, write_failure
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
+from orchestrator.versions import Version
 from pipelines.finetune import Tuning, finetune_configs, name_children
 from pipelines.pipeline.file import read_pipeline
 from pipelines.pretrain import make_spec, submit
@@ -183,7 +184,7 @@ def watched(site: Site, fake: FakeRay, registry: Registry) -> Watched:
 
 
 def promote(registry: Registry, version: Version) -> None:
-    from orchestrator.registry import Gate
+    from orchestrator.gates import Gate
 
     registry.promote(version, "champion", Gate())
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from orchestrator.registry import Gate, Registry
+from orchestrator.gates import Gate
+from orchestrator.registry import Registry
 from pipelines.lineage import Node, lineage
 from tests.fake_mlflow import FakeMlflow
 from tests.test_config import VALUES

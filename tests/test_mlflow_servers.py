@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.gates import Gate
 from orchestrator.processes import free_port
-from orchestrator.registry import Gate, Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.tracking import connect
+from orchestrator.versions import Version
 from tests.chaos.tracking import Mlflow
 from tests.fault_proxy import FaultProxy
 from tests.test_registry import finish, run_config
@@ -113,7 +115,8 @@ def test_the_registry_with_a_password_and_lost_replies(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     with FaultProxy(server) as proxy:
-        registry = Registry(connect(proxy.url), store_url)
+        client = connect(proxy.url)
+        registry = Registry(client, store_url)
         with pytest.raises(DataError, match=r"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
             registry.versions()
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -132,9 +135,9 @@ def test_the_registry_with_a_password_and_lost_replies(
         assert registry.resolve("toy@champion") == second
         assert registry.roll_back("toy", "champion", None, "").version == first.version
         assert registry.reconcile("toy") == []
-        registry._client.set_registered_model_alias("toy", "best", str(first.version))
+        client.set_registered_model_alias("toy", "best", str(first.version))
         assert [change.cause for change in registry.reconcile("toy")] == ["by hand"]
-        model = registry._client.get_registered_model("toy")
+        model = client.get_registered_model("toy")
         assert model.aliases == {"champion": str(first.version)}
         assert "best" in registry.aliases.moved_by_hand("toy")
         assert registry.retire("toy", second.version, "worse").version == second.version

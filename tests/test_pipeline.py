@@ -13,8 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from orchestrator.job import is_complete
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines.cli import app
 from pipelines.pipeline import work
 from pipelines.pipeline.file import read_pipeline

@@ -11,9 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from orchestrator.gates import Gate
 from orchestrator.job import check_name, run_url
 from orchestrator.promotions import Promotion, check_alias
-from orchestrator.registry import DIGEST_TAG, Gate, Registry, Version
+from orchestrator.registry import Registry
+from orchestrator.versions import DIGEST_TAG, Version
 from tests.fake_mlflow import FakeMlflow
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config

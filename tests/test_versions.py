@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.registry import DIGEST_TAG, Registry
+from orchestrator.registry import Registry
+from orchestrator.versions import DIGEST_TAG
 from tests.fake_mlflow import FakeMlflow
 
 

@@ -29,9 +29,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
+from orchestrator.gates import Gate
 from orchestrator.job import check_name
 from orchestrator.promotions import check_alias
-from orchestrator.registry import Gate
 from pipelines.recipes import RECIPES
 from workers.config import OptimConfig, Part
 from workers.config_text import explain, override, read_yaml

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from orchestrator.registry import Gate, Version
+from orchestrator.gates import Gate
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines.evaluate import evaluate_version
 from pipelines.facts import read_facts
 from pipelines.finetune import (

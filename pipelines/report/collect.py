@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.registry import Version
 from orchestrator.site import Site
+from orchestrator.versions import Version
 from pipelines.report.journey import Curve, Dataset, Probe, Rung, Score
 from pipelines.scaling.ladder import RungResult
 from workers import probes

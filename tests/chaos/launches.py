@@ -18,7 +18,8 @@ from mlflow.tracking import MlflowClient
 from orchestrator.job import JobSpec, find_spec, run_url
 from orchestrator.job_records import is_done
 from orchestrator.promotions import Promotion
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
+from orchestrator.versions import Version
 from tests.chaos.cluster import PATIENCE, LocalCluster
 from tests.chaos.row import Lab, Row
 from tests.chaos.tracking import told_wrongly

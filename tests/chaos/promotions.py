@@ -14,7 +14,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.promotions import Promotion
-from orchestrator.registry import Registry, Version
+from orchestrator.registry import Registry
+from orchestrator.versions import Version
 from tests.chaos.histories import Operation, not_linearizable
 from tests.chaos.promoters import Trial, heard
 from tests.chaos.row import Lab, Row
