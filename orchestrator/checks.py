@@ -7,10 +7,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.evidence import Case, DataSet, lineage_problems
-from workers.config import Part
 from workers.errors import CheckpointError, ConfigError
 from workers.evaluation.discordant import discordant
 from workers.evaluation.margins import bootstrap_low, excess_p, share_high, share_low
+from workers.part import Part
 from workers.training.parent import position_drift
 from workers.training.restore import restore_test
 

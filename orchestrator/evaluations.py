@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from workers.config import Part
 from workers.config_text import explain
 from workers.data.quarantine import BadSample
 from workers.errors import CheckpointError
@@ -26,6 +25,7 @@ from workers.evaluation.predictions import Predictions
 from workers.evaluation.table import MAX_BYTES, from_parquet, to_parquet
 from workers.evaluation.throughput import Throughput
 from workers.models.sizes import size_text
+from workers.part import Part
 from workers.storage import NotFound, Store, create_again, join_url, open_store
 
 ENTRIES = "evaluations/"

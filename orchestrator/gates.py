@@ -31,9 +31,9 @@ from orchestrator.checks import (
     Throughput,
 )
 from orchestrator.evidence import Case
-from workers.config import Part
 from workers.config_text import explain, plain, read_yaml
 from workers.errors import ConfigError
+from workers.part import Part
 
 KINDS: tuple[type[Part], ...] = (
     *(Metric, AgainstHolder, Slices, Calibration, Throughput, Size, Lineage, Resample, Restore),

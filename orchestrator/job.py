@@ -12,9 +12,10 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from orchestrator.job_records import is_done, is_wished
-from workers.config import Part, RunConfig
+from workers.config import RunConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError
+from workers.part import Part
 from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
 from workers.training.commits import Commit, CommitLog
 

@@ -22,9 +22,10 @@ from orchestrator.capacity import room
 from orchestrator.job_records import clear_reports, read_failure, write_failure
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs, next_job
 from orchestrator.site import Site
-from workers.config import ComputeConfig, Part
+from workers.config import ComputeConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError, VitscaleError
+from workers.part import Part
 from workers.storage import AlreadyExists, NotFound, open_store
 
 log = logging.getLogger(__name__)

@@ -3,16 +3,9 @@
 from typing import Literal
 
 from pipelines.facts import DataFacts
-from workers.config import (
-    AugmentConfig,
-    ForkConfig,
-    InitConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    make_config,
-)
+from workers.config import AugmentConfig, ForkConfig, InitConfig, OptimConfig, RunConfig, make_config
 from workers.errors import ConfigError
+from workers.model_config import ModelConfig
 from workers.models.sizes import size_text
 
 FineTuning = Literal["adamw", "paper", "deit3"]

@@ -13,9 +13,9 @@ from orchestrator import figures
 from orchestrator.site import Site
 from pipelines.evaluate import find_checkpoint
 from pipelines.report.inspection import BLOCK_HEADER, block_rows, render
-from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
 from workers.errors import CheckpointError, ConfigError, DataError
+from workers.model_config import ModelConfig
 from workers.models.vit import VisionTransformer
 from workers.probes import Probes, first_images, probe
 from workers.storage import Store, join_url

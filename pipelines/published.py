@@ -9,7 +9,8 @@ they take from above their 10 has no more here.
 from typing import Any
 
 from pipelines.facts import DataFacts
-from workers.config import AugmentConfig, ComputeConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from workers.config import AugmentConfig, ComputeConfig, OptimConfig, RunConfig, TrainConfig
+from workers.model_config import ModelConfig
 
 INCEPTION_MIN_SCALE = 0.05
 """Of the "inception crop" of TensorFlow: 5 to 100 % of the area."""

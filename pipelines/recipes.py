@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from pipelines.children import fine_tune, fork_cooldown
 from pipelines.facts import DataFacts, facts_at, read_facts
 from pipelines.published import AUGREG_SIZES, DEIT3_SIZES, augreg, deit3, vit_in1k, vit_paper
-from workers.config import AugmentConfig, ComputeConfig, ModelConfig, OptimConfig, RunConfig
+from workers.config import AugmentConfig, ComputeConfig, OptimConfig, RunConfig
+from workers.model_config import ModelConfig
 
 __all__ = ["RECIPES", "DataFacts", "describe", "facts_at", "fine_tune", "fork_cooldown", "read_facts"]
 

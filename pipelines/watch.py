@@ -138,7 +138,7 @@ class Watch:
                         self._say(f"{self._model}@{self._alias}: {error}; looking again")
                     interrupts.wait(every)
             except KeyboardInterrupt:
-                self._say("ended; what runs goes on")
+                self._say("ended; the same command goes on from here")
 
     def _say(self, text: str) -> None:
         """Only what is new."""

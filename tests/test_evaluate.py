@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from tests.distributed import on_ranks
 from tests.runs import CPU
-from workers.config import ComputeConfig, ModelConfig
+from workers.config import ComputeConfig
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.data.transforms import DecodeTimes, eval_transform
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.storage import open_store
 from workers.training.evaluate import evaluate, normalize

@@ -18,8 +18,9 @@ from pipelines.exchange import export_version, import_file
 from pipelines.finetune import finetune, finetune_config
 from tests.fake_mlflow import FakeMlflow
 from tests.runs import head_manifest, train_on
-from workers.config import ModelConfig, RunConfig
+from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.models.formats.importing import import_weights
 from workers.models.positions import resample_position_embedding

@@ -3,13 +3,13 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import Ledger
 from workers.data.stream import validation_batches
 from workers.evaluation.features import extract_features, some_of_each_class
 from workers.evaluation.fewshot import BIAS, EPSILON, L2, L2S, draw, few_shot, ridge
 from workers.evaluation.throughput import throughput
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.training.evaluate import normalize
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from tests.reference import timm, transformers
-from workers.config import ModelConfig
 from workers.errors import CheckpointError, ConfigError
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.models.formats import Format
 from workers.models.formats.exporting import write_weights

@@ -288,7 +288,7 @@ def test_an_alias_moved_by_hand_starts_nothing_and_outages_are_waited_out(
         watched.watch.watch(0.0)
     assert any("connection refused" in text for text in watched.said)
     assert any("gone" in text for text in watched.said)
-    assert watched.said[-1] == "ended; what runs goes on"
+    assert watched.said[-1] == "ended; the same command goes on from here"
     assert len(fake.jobs) == 2
 
 

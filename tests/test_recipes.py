@@ -12,14 +12,7 @@ from pipelines.children import FineTuning
 from pipelines.published import AUGREG_LEVELS, augreg
 from pipelines.recipes import RECIPES, DataFacts, describe, fine_tune, fork_cooldown, read_facts
 from tests.conftest import TINY_CLASSES, make_png, make_tar
-from workers.config import (
-    AugmentConfig,
-    ForkConfig,
-    InitConfig,
-    OptimConfig,
-    RunConfig,
-    make_config,
-)
+from workers.config import AugmentConfig, ForkConfig, InitConfig, OptimConfig, RunConfig, make_config
 from workers.config_text import override
 from workers.data.indexing import build_index
 from workers.errors import ConfigError, DataError

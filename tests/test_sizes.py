@@ -9,8 +9,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.reference import timm
-from workers.config import ModelConfig
 from workers.errors import ConfigError
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.models.bit import BiT
 from workers.models.hybrid import HybridTransformer

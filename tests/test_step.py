@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.runs import BATCH, losses, tiny_config, train_on
-from workers.config import ModelConfig
+from workers.model_config import ModelConfig
 from workers.storage import open_store
 from workers.training.metrics import EventReader
 from workers.training.peak import measured_flops, peak_flops

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import workers
 from orchestrator.evaluations import Measured, Target
-from workers.config import ModelConfig, RunConfig
+from workers.config import RunConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import BadSample, Ledger
 from workers.data.splits import open_splits
@@ -23,6 +23,7 @@ from workers.evaluation.fewshot import FewShot, few_shot
 from workers.evaluation.predictions import Predictions, collect
 from workers.evaluation.result import Evaluation
 from workers.evaluation.throughput import Throughput, throughput
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.models.sizes import size_text
 from workers.models.vit import VisionTransformer

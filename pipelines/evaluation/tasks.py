@@ -9,13 +9,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from pipelines.evaluation.measure import Checkpoint, Subject
-from workers.config import Part
 from workers.data.quarantine import BadSample
 from workers.errors import DataError
 from workers.evaluation.fewshot import FewShot
 from workers.evaluation.predictions import Predictions
 from workers.evaluation.table import from_parquet, to_parquet
 from workers.evaluation.throughput import Throughput
+from workers.part import Part
 from workers.storage import NotFound, Store, join_url, open_store
 
 PART_IMAGES = 2048

@@ -33,10 +33,11 @@ from orchestrator.gates import Gate
 from orchestrator.job import check_name
 from orchestrator.promotions import check_alias
 from pipelines.recipes import RECIPES
-from workers.config import OptimConfig, Part
+from workers.config import OptimConfig
 from workers.config_text import explain, override, read_yaml
 from workers.errors import ConfigError
 from workers.models.sizes import parse_size
+from workers.part import Part
 
 Size = int | str
 """Pixels per side, or HEIGHTxWIDTH."""

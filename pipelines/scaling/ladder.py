@@ -17,10 +17,11 @@ from orchestrator.tracking import Tracking
 from pipelines.pretrain import EXPERIMENT, read_config, run_job
 from pipelines.recipes import DataFacts, read_facts, vit_digits
 from pipelines.scaling.laws import PowerLaw, error_rate, fit_power_law, wilson_interval
-from workers.config import Part, RunConfig, make_config
+from workers.config import RunConfig, make_config
 from workers.config_text import explain, read_yaml
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
+from workers.part import Part
 from workers.storage import open_store
 from workers.training.checkpoint import read_manifest
 

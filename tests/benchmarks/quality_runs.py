@@ -16,7 +16,6 @@ from workers.config import (
     AugmentConfig,
     ComputeConfig,
     InitConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -24,6 +23,7 @@ from workers.config import (
 )
 from workers.data.index import DatasetIndex
 from workers.evaluation.predictions import Predictions
+from workers.model_config import ModelConfig
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 from workers.training.evaluate import evaluate

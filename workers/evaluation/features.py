@@ -8,13 +8,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import Ledger
 from workers.data.samples import Samples
 from workers.data.shards import Shard
 from workers.data.stream import validation_batches
 from workers.evaluation.fewshot import draw
+from workers.model_config import ModelConfig
 from workers.storage import Store
 from workers.training.evaluate import PREFETCH_BATCHES, normalize, to_device
 

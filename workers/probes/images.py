@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from workers.config import ModelConfig
 from workers.data.quarantine import Ledger
 from workers.data.samples import Samples
 from workers.data.stream import validation_batches
 from workers.errors import DataError
+from workers.model_config import ModelConfig
 
 
 def first_images(data: Samples, model: ModelConfig, count: int) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from workers.config import ModelConfig, RunConfig, make_config, make_model_config
+from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError
+from workers.model_config import ModelConfig, make_model_config
 from workers.storage import NotFound, Store, open_store
 from workers.training.parallel import ShardPlace
 from workers.training.rows import local

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from workers.config import ModelConfig
 from workers.data.index import DatasetIndex
 from workers.data.quarantine import Ledger
 from workers.data.samples import Cache
 from workers.data.stream import validation_batches
 from workers.evaluation.predictions import collect, judge
 from workers.evaluation.result import Evaluation
+from workers.model_config import ModelConfig
 from workers.training.proofs import merge_ledgers
 
 __all__ = ["Evaluation", "evaluate", "judge_part", "normalize"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import workers
-from workers.config import ModelConfig
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.storage import Store
 from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, object_name

@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from workers.config import InitConfig, ModelConfig
+from workers.config import InitConfig
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError, DataError
+from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.models.resample_report import describe_positions, resample_report
 from workers.models.sizes import patch_grid

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from workers.config import ModelConfig
 from workers.errors import CheckpointError
+from workers.model_config import ModelConfig
 from workers.models import build_model
 
 SHOWN = 32

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.config import ModelConfig
+from workers.model_config import ModelConfig
 from workers.models.vit import drop_path_rates
 
 BRANCHES = 2

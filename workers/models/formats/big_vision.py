@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from workers.config import ModelConfig
 from workers.errors import CheckpointError
+from workers.model_config import ModelConfig
 from workers.models.formats import projections
 from workers.models.formats.infer import Known
 

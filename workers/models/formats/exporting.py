@@ -8,8 +8,8 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor
 
-from workers.config import ModelConfig
 from workers.errors import CheckpointError, ConfigError
+from workers.model_config import ModelConfig
 from workers.models.formats import MODEL_KEY, Format, big_vision, huggingface, timm
 
 

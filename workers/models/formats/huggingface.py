@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from workers.config import ModelConfig
 from workers.errors import CheckpointError
+from workers.model_config import ModelConfig
 from workers.models.formats import projections
 from workers.models.formats.infer import Known
 from workers.models.sizes import Activation

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.config import ModelConfig, make_model_config
 from workers.config_text import override
 from workers.errors import CheckpointError, ConfigError
+from workers.model_config import ModelConfig, make_model_config
 from workers.models import build_model
 from workers.models.formats import MODEL_KEY, Format, big_vision, huggingface, timm
 from workers.models.formats.infer import HEADLESS_CLASSES, Known, infer_model

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from workers.config import ModelConfig
 from workers.errors import CheckpointError
+from workers.model_config import ModelConfig
 
 NAMES = {
     "ti": "vit_tiny_patch16_224",
