@@ -325,7 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
         if "content-length" not in {name.lower() for name, _ in headers}:
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        # After the reply to HEAD, a body would be read as the next reply.
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         pass
