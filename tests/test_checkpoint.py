@@ -44,9 +44,10 @@ from workers.training.committer import Committer
 from workers.training.ema import Average
 from workers.training.inputs import make_sources, open_data
 from workers.training.optim import make_optimizers
-from workers.training.parallel import ShardPlace, parallelize
+from workers.training.parallel import parallelize
 from workers.training.restore import load_model, restore_test
 from workers.training.rows import local
+from workers.training.shard_place import ShardPlace
 from workers.training.snapshot import Snapshot
 from workers.training.state import TrainState, share_lease
 

@@ -25,7 +25,7 @@ from workers.training import loop, metrics
 from workers.training.checkpoint import Manifest
 from workers.training.commits import CommitLog
 from workers.training.committer import UNDER_WAY, Committer
-from workers.training.parallel import ShardPlace
+from workers.training.shard_place import ShardPlace
 from workers.training.snapshot import Snapshot
 from workers.training.spool import PREFIX, Spool
 from workers.training.state import share_lease

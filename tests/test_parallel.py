@@ -16,7 +16,8 @@ from workers.errors import ConfigError
 from workers.models import build_model
 from workers.storage import open_store
 from workers.training.checkpoint import load_full
-from workers.training.parallel import ShardPlace, parallelize, reshard
+from workers.training.parallel import parallelize, reshard
+from workers.training.shard_place import ShardPlace
 
 SHAPE = {"image_size": 8, "patch_size": 2, "channels": 1, "num_classes": 10}
 STEADY = ("optim.learning_rate=0.001", "data.lanes=8")

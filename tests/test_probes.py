@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed import on_ranks
 from workers.models import build_model
+from workers.models.vit import VisionTransformer
 from workers.probes import (
     Probes,
     attention,
@@ -27,7 +28,7 @@ from workers.probes import (
     uniform_distance,
 )
 from workers.probes.attention import walk_blocks
-from workers.probes.sharded import gather_model, probe_sharded
+from workers.training.whole import gather_whole, probe_whole
 
 SHARP = 40.0  # logits this far apart leave exp(-40) for all the others
 
@@ -426,7 +427,7 @@ def sharded_vit():
 def probe_on_rank():
     model, plain, images = sharded_vit()
     before = torch.get_rng_state()
-    found = probe_sharded(model, images if dist.get_rank() == 0 else None)
+    found = probe_whole(model, images if dist.get_rank() == 0 else None)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and all(isinstance(value, DTensor) for value in model.parameters())
     losses = model(images).float().square().mean()
@@ -454,19 +455,19 @@ def test_a_hybrid_is_probed_but_for_its_filters():
     assert found.rollout.shape == (2, 2, 2)
     *_, (_, last) = walk_blocks(model, images)
     torch.testing.assert_close(model.head(model.features(last)), model(images))
-    assert probe_sharded(model, images).to_json() == found.to_json()
+    assert probe_whole(model, images).to_json() == found.to_json()
     assert Probes.from_json(found.to_json()).patch_filters is None
 
 
 def test_a_model_that_is_not_sharded_needs_no_group():
     model = random_vit((8, 8)).float().train()
     images = torch.randn(2, 1, 8, 8)
-    assert probe_sharded(model, images).to_json() == probe(model.eval(), images).to_json()
+    assert probe_whole(model, images).to_json() == probe(model.eval(), images).to_json()
 
 
 def test_a_gathered_model_is_a_copy():
     model = random_vit((8, 8)).float()
-    whole = gather_model(model, torch.device("cpu"))
+    whole = gather_whole(model, lambda: VisionTransformer(model.spec), torch.device("cpu"))
     for name, value in model.named_parameters():
         other = whole.get_parameter(name)
         assert torch.equal(value, other) and value.data_ptr() != other.data_ptr()

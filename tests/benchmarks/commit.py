@@ -28,9 +28,10 @@ from workers.config import RunConfig
 from workers.models import build_model
 from workers.storage import Store, ensure_bucket, open_store
 from workers.training.checkpoint import Training
+from workers.training.collectives import worker_group
 from workers.training.committer import Committer
 from workers.training.optim import make_optimizers
-from workers.training.parallel import ShardPlace, worker_group
+from workers.training.shard_place import ShardPlace
 from workers.training.state import TrainState, share_lease
 
 CPU = torch.device("cpu")

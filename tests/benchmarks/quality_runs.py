@@ -25,10 +25,10 @@ from workers.data.index import DatasetIndex
 from workers.evaluation.predictions import Predictions
 from workers.model_config import ModelConfig
 from workers.storage import open_store
+from workers.training.collectives import worker_group
 from workers.training.commits import CommitLog
 from workers.training.evaluate import evaluate
 from workers.training.loop import train
-from workers.training.parallel import worker_group
 from workers.training.restore import load_model
 
 LANES = 8

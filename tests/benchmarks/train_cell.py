@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks import steps
-from workers.training.parallel import DTYPES, worker_group
+from workers.training.collectives import worker_group
+from workers.training.parallel import DTYPES
 from workers.training.peak import measured_flops
 
 CPU = torch.device("cpu")

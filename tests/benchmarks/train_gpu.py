@@ -28,8 +28,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.benchmarks import results, steps
+from workers.training.collectives import worker_group
 from workers.training.evaluate import normalize
-from workers.training.parallel import DTYPES, worker_group
+from workers.training.parallel import DTYPES
 from workers.training.peak import PEAK_TFLOPS
 
 WARM_UP, TIMED, TRACED = 5, 30, 3

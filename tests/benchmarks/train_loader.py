@@ -26,10 +26,10 @@ from workers.config import RunConfig, make_config
 from workers.data.indexing import build_index
 from workers.data.stream import TrainStream
 from workers.storage import open_store
+from workers.training.collectives import worker_group
 from workers.training.inputs import make_sources, open_data
 from workers.training.loop import train
 from workers.training.metrics import EventReader
-from workers.training.parallel import worker_group
 
 CLASSES = 10
 SKIPPED = 2

@@ -6,7 +6,6 @@ from workers.probes.images import first_images
 from workers.probes.positions import position_similarity
 from workers.probes.probe import probe
 from workers.probes.result import Probes, uniform_distance
-from workers.probes.sharded import probe_sharded
 
 __all__ = [
     "Probes",
@@ -15,6 +14,5 @@ __all__ = [
     "patch_filters",
     "position_similarity",
     "probe",
-    "probe_sharded",
     "uniform_distance",
 ]

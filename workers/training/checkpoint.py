@@ -33,8 +33,8 @@ from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError
 from workers.model_config import ModelConfig, make_model_config
 from workers.storage import NotFound, Store, open_store
-from workers.training.parallel import ShardPlace
 from workers.training.rows import local
+from workers.training.shard_place import ShardPlace
 
 FORMAT = 2
 """Format 1 had no `num_shards`: each rank wrote a part."""

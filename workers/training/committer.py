@@ -25,7 +25,7 @@ from workers.storage import NotFound, Store, Unavailable, create_again
 from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, object_name
 from workers.training.commits import Commit, CommitLog, Lease
 from workers.training.metrics import EventWriter
-from workers.training.parallel import ShardPlace
+from workers.training.shard_place import ShardPlace
 from workers.training.snapshot import Snapshot
 from workers.training.spool import Spool
 

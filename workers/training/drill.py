@@ -16,8 +16,8 @@ from workers.data.proof import MODULUS
 from workers.data.selftest import batch_digest
 from workers.errors import ConfigError
 from workers.storage import Store
+from workers.training.collectives import sum_integers
 from workers.training.metrics import EventReader
-from workers.training.parallel import sum_integers
 
 BATCHES = "batches"
 """Kind of the events that `read_batches` reads."""

@@ -9,7 +9,7 @@ from workers.data.mixture import Source, make_order, share_out
 from workers.data.samples import Cache, check_cache
 from workers.data.subset import Subset, build_subset
 from workers.errors import ConfigError, DataError
-from workers.training.parallel import first_text
+from workers.training.collectives import first_text
 
 
 def check_compute(config: RunConfig, device: torch.device) -> None:

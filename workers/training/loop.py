@@ -22,6 +22,7 @@ from workers.models import build_model
 from workers.storage import Store, open_store
 from workers.training.badsteps import BadSteps
 from workers.training.checkpoint import Training
+from workers.training.collectives import worker_group
 from workers.training.commits import Lease, Window
 from workers.training.committer import Committer
 from workers.training.drill import BATCHES, Drill
@@ -35,20 +36,21 @@ from workers.training.meter import Meter
 from workers.training.metrics import EventWriter
 from workers.training.microbatch import choose_microbatch_size
 from workers.training.optim import learning_rate, make_optimizers
-from workers.training.parallel import DTYPES, ShardPlace, parallelize, reshard, worker_group
+from workers.training.parallel import DTYPES, parallelize, reshard
 from workers.training.parent import describe_resize, load_parent
 from workers.training.peak import peak_flops
-from workers.training.probe_logits import saved_logits
 from workers.training.profile import Profile
 from workers.training.progress import Progress
 from workers.training.proofs import merge_ledgers, settle_epochs
 from workers.training.pulse import Pulse
 from workers.training.reports import evaluation_metrics, write_evaluation, write_probes
 from workers.training.rollback import announce
+from workers.training.shard_place import ShardPlace
 from workers.training.state import TrainState, roll_back, share_lease
 from workers.training.step import train_step
 from workers.training.stragglers import Stragglers
 from workers.training.watchdog import watched
+from workers.training.whole import saved_logits
 
 log = logging.getLogger(__name__)
 

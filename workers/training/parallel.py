@@ -4,58 +4,22 @@ Every parameter is split by rows over the ranks of a shard group; all shard grou
 sharding), and there is one group of all ranks by default. Models know nothing of this.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from workers.config import ComputeConfig
+from workers.training.shard_place import ShardPlace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ShardPlace:
-    """Which rows of every tensor this rank holds: those of part `index` of `count`."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def of(cls, compute: ComputeConfig) -> "ShardPlace":
-        count = compute.shard_workers or dist.get_world_size()
-        return cls(dist.get_rank() % count, count)
-
-    @property
-    def writes(self) -> bool:
-        """The first shard group writes checkpoints; the others hold the same."""
-        return dist.get_rank() < self.count
-
-
-@contextlib.contextmanager
-def worker_group(device: torch.device) -> Iterator[None]:
-    """The group that this process is in, or torchrun's, or one of its own; what began here ends here."""
-    if dist.is_initialized():
-        yield
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    yield
-    # Not after an error: NCCL would wait for ranks that may be gone, and the process is about to end.
-    dist.destroy_process_group()
 
 
 def parallelize(model: nn.Module, compute: ComputeConfig, precision: str, device: torch.device) -> nn.Module:
@@ -160,42 +124,3 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """What is dear to compute."""
-
-
-def broadcast_integers(values: list[int], device: torch.device) -> list[int]:
-    """Rank 0's integers, on every rank."""
-    tensor = torch.tensor(values, dtype=torch.int64, device=device)
-    dist.broadcast(tensor, src=0)
-    return [int(value) for value in tensor.tolist()]
-
-
-def sum_integers(values: list[int], device: torch.device) -> list[int]:
-    """Over all ranks, on every rank; each below 2**63 / ranks."""
-    tensor = torch.tensor(values, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor)
-    return [int(value) for value in tensor.tolist()]
-
-
-def all_texts(mine: str, device: torch.device) -> list[str]:
-    """Every rank's text, by rank, on every rank."""
-    data = mine.encode()
-    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, length)
-    width = max(1, *(int(other) for other in lengths))
-    row = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8).to(device)
-    rows = [torch.empty_like(row) for _ in lengths]
-    dist.all_gather(rows, row)
-    return [
-        other[: int(size)].cpu().numpy().tobytes().decode() for other, size in zip(rows, lengths, strict=True)
-    ]
-
-
-def first_text(mine: str, device: torch.device) -> str:
-    """The text, cut to 1,000 bytes, of the first rank that has one; on every rank. "" if none has."""
-    data = mine.encode()[:1000].ljust(1000, b"\0")
-    row = torch.tensor(list(data), dtype=torch.uint8, device=device)
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, row)
-    texts = (bytes(other.tolist()).rstrip(b"\0").decode(errors="ignore") for other in rows)
-    return next(filter(None, texts), "")

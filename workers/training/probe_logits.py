@@ -4,42 +4,15 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from workers.errors import CheckpointError
 from workers.model_config import ModelConfig
-from workers.models import build_model
 
 SHOWN = 32
 """Classes whose logits are recorded; of all others the norm tells."""
 TOLERANCE = 1e-3
 """Of the largest logit, or of 1: other processors and versions of torch add in another order."""
-
-
-@torch.no_grad()
-def saved_logits(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
-    """For the manifest, on rank 0; every rank calls it, since a sharded model's parameters are gathered.
-
-    Computed in float32 on the CPU by a plain copy, whatever the model trains in, and random numbers stay.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass the root may hold whole parameters in another precision
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    copy: nn.Module | None = None
-    if first:
-        with torch.random.fork_rng(devices=[]):
-            copy = build_model(**config.model_dump())
-    # By order, which wrappers keep, and not by name, which some of them change.
-    targets = list(copy.parameters()) if copy is not None else []
-    for number, parameter in enumerate(model.parameters()):
-        value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if copy is not None:
-            targets[number].copy_(value)
-    return record_logits(copy, config) if copy is not None else {}
 
 
 @torch.no_grad()

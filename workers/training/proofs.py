@@ -10,7 +10,7 @@ import torch
 from workers.data.mixture import Source
 from workers.data.proof import carried
 from workers.data.quarantine import Ledger, from_json, to_json
-from workers.training.parallel import all_texts, sum_integers
+from workers.training.collectives import all_texts, sum_integers
 
 log = logging.getLogger(__name__)
 

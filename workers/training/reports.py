@@ -8,11 +8,12 @@ from workers.data.index import DatasetIndex
 from workers.data.quarantine import to_json
 from workers.errors import DataError
 from workers.evaluation.result import CONFUSION_CLASSES, Evaluation
-from workers.probes import first_images, probe_sharded
+from workers.probes import first_images
+from workers.training.collectives import first_text
 from workers.training.evaluate import normalize
 from workers.training.metrics import EventWriter
-from workers.training.parallel import first_text
 from workers.training.state import TrainState
+from workers.training.whole import probe_whole
 
 
 def evaluation_metrics(results: Mapping[str, Evaluation]) -> dict[str, float]:
@@ -51,6 +52,6 @@ def write_probes(
             problem = str(error)
     if problem := first_text(problem, state.device):
         raise DataError(problem)
-    probes = probe_sharded(model, images)
+    probes = probe_whole(model, images)
     if events and probes:
         events.write("probe", state.images_seen, probes=probes.to_json())

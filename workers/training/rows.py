@@ -1,16 +1,17 @@
 """A rank's own rows of sharded tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
 def local(value: Tensor) -> Tensor:
     """The rows of this rank, in the same memory; call it without gradients."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    # Only a DTensor has it. To import its class takes a second and a half, which whoever only reads saves.
+    to_local: Callable[[], Tensor] | None = getattr(value, "to_local", None)
+    return to_local() if to_local else value
 
 
 def locals_of(values: Iterable[Tensor]) -> list[Tensor]:

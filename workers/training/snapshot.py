@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from workers.training.checkpoint import KINDS, Training
-from workers.training.parallel import ShardPlace
 from workers.training.rows import local
+from workers.training.shard_place import ShardPlace
 
 
 @dataclass

@@ -15,11 +15,12 @@ from workers.errors import CheckpointError, DataError
 from workers.storage import Store
 from workers.training import checkpoint
 from workers.training.checkpoint import Training
+from workers.training.collectives import broadcast_integers, first_text, sum_integers
 from workers.training.commits import CommitLog, Lease, Window
 from workers.training.committer import Committer
 from workers.training.metrics import EventWriter
-from workers.training.parallel import ShardPlace, broadcast_integers, first_text, sum_integers
 from workers.training.proofs import load_tallies, merge_ledgers, save_tallies
+from workers.training.shard_place import ShardPlace
 from workers.training.snapshot import Snapshot
 from workers.training.spikes import LossHistory
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from workers.training.collectives import all_texts
 from workers.training.meter import Report
-from workers.training.parallel import all_texts
 
 log = logging.getLogger(__name__)
 

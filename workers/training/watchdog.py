@@ -20,7 +20,7 @@ import torch.distributed as dist
 from workers import outage
 from workers.child import start_module
 from workers.config import ComputeConfig
-from workers.training.parallel import all_texts
+from workers.training.collectives import all_texts
 from workers.training.progress import Progress, create_file
 from workers.training.watchdog_process import OUTAGE, STACKS_SIGNAL, Task, progress_file, stacks_file
 
