@@ -18,6 +18,7 @@ from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
 from pipelines.promote_command import promote
 from pipelines.retire_command import retire, sign
+from pipelines.scale_command import scale
 from pipelines.terminal import console, errors
 from pipelines.watch_command import watch
 from workers.errors import ConfigError, VitscaleError
@@ -174,7 +175,7 @@ app.command()(sign)
 app.command(name="import")(registry_commands.import_weights)
 app.command()(registry_commands.export)
 app.command()(gc)
-app.command()(training_commands.scale)
+app.command()(scale)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ from pipelines.report.collect import (
     collect_rung,
     collect_score,
 )
-from pipelines.scaling.ladder import RungResult, run_study, small_study
-from pipelines.scaling.ladder import Study as StudyPlan
+from pipelines.scaling.results import RungResult
+from pipelines.scaling.run import run_study
+from pipelines.scaling.rungs import study_run
+from pipelines.scaling.study import Study as StudyPlan
+from pipelines.scaling.study import small_study
 from pipelines.sources import open_source
 from workers.config import RunConfig
 from workers.data.decode import decode
@@ -128,12 +131,12 @@ def run_quickstart(
         stage.url = tracking.run_page(low.run_id)
 
     study = small_study(facts, config, epochs=plan.study)
-    with journal.stage("Study", study.name) as stage:
+    with journal.stage("Study", study_run(study)) as stage:
         results = run_study(site, study, console)
         stage.summary = f"{len(results)} runs: 3 ViT sizes and a ResNet at 3 data sizes, each from scratch"
-        stage.url = tracking.run_page(tracking.open_run(study.name))
+        stage.url = tracking.run_page(tracking.open_run(study_run(study)))
 
-    with journal.stage("Report", study.name) as stage:
+    with journal.stage("Report", study_run(study)) as stage:
         stage.summary = "this page"
         scores = _Models(pretrained, config, high, high_config, low)
         journey = _journey(
@@ -208,9 +211,9 @@ def _journey(
             collect_probe(high, models.high_config, f"fine-tuned, {high.image_size} px"),
         ),
         study=Study(
-            name=study.name,
+            name=study_run(study),
             rungs=tuple(collect_rung(r, tracking.run_page(r.run_id)) for r in results),
-            url=tracking.run_page(tracking.open_run(study.name)),
+            url=tracking.run_page(tracking.open_run(study_run(study))),
         ),
     )
 

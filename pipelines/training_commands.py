@@ -106,30 +106,6 @@ def cooldown(
     print_version(version, as_json)
 
 
-def scale(
-    study: Annotated[str, typer.Argument(help="YAML file of a study, or `small`.")],
-    data: DataRoot = None,
-    site: SiteFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train a ladder of model sizes and data sizes, ViT and ResNet, and fit power laws.
-
-    Runs that are finished are not trained again.
-
-    Example: vitscale scale small --data s3://vitscale/digits
-    """
-    where = open_site(site)
-    from pipelines.scaling import ladder
-
-    plan = ladder.read_study(study, where.data_url(data) if data else None)
-    results = ladder.run_study(where, plan, progress_console(as_json))
-    laws = ladder.fit_laws(results)
-    if as_json:
-        typer.echo(json.dumps(ladder.as_rows(results, laws)))
-        return
-    console.print(ladder.as_table(results, laws))
-
-
 def print_version(version: "Version", as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(version)))

@@ -19,6 +19,7 @@ from workers.models.resnet_sizes import RESNET_SIZES, BiTSize, resnet_flops, res
 from workers.models.sizes import (
     VIT_SIZES,
     ViTSpec,
+    explicit_name,
     image_shape,
     patch_grid,
     skipped_flops,
@@ -302,3 +303,26 @@ def test_sizes_need_no_torch():
     program = "import sys, workers.models.sizes; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"
+
+
+def test_a_size_may_say_its_dimensions():
+    shape = {"image_size": 32, "patch_size": 16, "num_classes": 10}
+    for family, name, explicit in (("vit", "ti", "w192-d12-m768-h3"), ("resnet", "20", "b3-w16")):
+        named, said = (ModelConfig(family=family, size=size, **shape) for size in (name, explicit))
+        assert (named.parameters, named.flops) == (said.parameters, said.flops)
+    assert explicit_name(VIT_SIZES["ti"]) == "w192-d12-m768-h3"
+    build_model("resnet", "b1-w8", image_size=32, patch_size=16, channels=3, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "said"),
+    [
+        ("vit", "w100-d4-m400-h3", "the width of w100-d4-m400-h3 is no multiple of its 3 heads"),
+        ("vit", "w0-d4-m400-h3", "no ViT is called .* or say its dimensions, as in w192-d12-m768-h3"),
+        ("resnet", "b2-w12", "the width of b2-w12 is no multiple of 8"),
+        ("resnet", "b2", "no ResNet is called 'b2'.* as in b3-w16"),
+    ],
+)
+def test_dimensions_that_cannot_be_are_told(family, size, said):
+    with pytest.raises(ConfigError, match=said):
+        ModelConfig(family=family, size=size, image_size=32, num_classes=10)

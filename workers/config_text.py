@@ -3,9 +3,9 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -137,9 +137,12 @@ def _find(model: type[BaseModel], name: str) -> list[str]:
 
 def _groups(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """The fields that hold fields, with what they hold."""
-    return {
-        name: option
-        for name, field in model.model_fields.items()
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
-        if isinstance(option := getattr(kind, "__origin__", kind), type) and issubclass(option, BaseModel)
-    }
+    return {name: part for name, field in model.model_fields.items() for part in _parts_of(field.annotation)}
+
+
+def _parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Also those of unions, lists and what is annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts_of(inner)

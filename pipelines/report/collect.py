@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from orchestrator.site import Site
 from orchestrator.versions import Version
 from pipelines.report.journey import Curve, Dataset, Probe, Rung, Score
-from pipelines.scaling.ladder import RungResult
+from pipelines.scaling.results import RungResult
 from workers import probes
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
@@ -96,7 +96,7 @@ def collect_rung(result: RungResult, page: str | None) -> Rung:
         parameters=config.model.parameters,
         flops_per_image=config.model.flops,
         num_samples=config.data.subset or 0,
-        images_seen=config.num_steps * config.train.global_batch_size,
+        images_seen=result.images_seen,
         errors=result.errors,
         total=result.total,
         val_loss=result.val_loss,

@@ -3,10 +3,12 @@
 Conventions as in `workers/models/sizes.py`.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from workers.errors import ConfigError
 from workers.models.sizes import image_shape, unknown_size
 
 
@@ -53,14 +55,26 @@ RESNET_SIZES: dict[str, ResNetSize | BiTSize] = {
 }
 
 
+EXPLICIT = re.compile(r"b([1-9]\d{0,2})-w([1-9]\d{0,4})")
+"""Blocks per stage and width, as the name of a size that has none."""
+WIDTH_STEP = 8
+"""Channels of a group of GroupNorm, `workers/models/resnet.py`."""
+
+
 def resnet_size(name: str) -> ResNetSize | BiTSize:
+    """Of a name above, or with its dimensions for a name: b3-w16 is 20."""
+    if match := EXPLICIT.fullmatch(name):
+        blocks, width = map(int, match.groups())
+        if width % WIDTH_STEP:
+            raise ConfigError(f"model.size: the width of {name} is no multiple of {WIDTH_STEP}")
+        return ResNetSize(blocks_per_stage=blocks, width=width)
     if name not in RESNET_SIZES:
-        raise unknown_size("ResNet", name, RESNET_SIZES)
+        raise unknown_size("ResNet", name, RESNET_SIZES, example="b3-w16")
     return RESNET_SIZES[name]
 
 
 def resnet_parameters(size: ResNetSize | BiTSize, *, channels: int, num_classes: int) -> int:
-    convolutions = _convolutions(size, channels)
+    convolutions = all_convolutions(size, channels)
     weights = sum(row.weights for row in convolutions)
     features = convolutions[-1].outputs
     if isinstance(size, BiTSize):  # a norm before each convolution of a bottleneck's branch, and the last one
@@ -73,7 +87,7 @@ def resnet_parameters(size: ResNetSize | BiTSize, *, channels: int, num_classes:
 def resnet_flops(
     size: ResNetSize | BiTSize, *, image_size: int | tuple[int, int], channels: int, num_classes: int
 ) -> int:
-    convolutions = _convolutions(size, channels)
+    convolutions = all_convolutions(size, channels)
     head = convolutions[-1].outputs * num_classes
     return 2 * (multiply_adds(convolutions, image_shape(image_size)) + head)
 
@@ -131,7 +145,7 @@ def bit_convolutions(size: BiTSize, channels: int) -> list[Convolution]:
     return rows
 
 
-def _convolutions(size: ResNetSize | BiTSize, channels: int) -> Sequence[Convolution]:
+def all_convolutions(size: ResNetSize | BiTSize, channels: int) -> Sequence[Convolution]:
     if isinstance(size, BiTSize):
         return bit_convolutions(size, channels)
     rows = [Convolution(3, channels, size.width, 1)]

@@ -53,6 +53,10 @@ VIT_SIZES = {
 }
 
 
+EXPLICIT = re.compile(r"w([1-9]\d{0,4})-d([1-9]\d{0,2})-m([1-9]\d{0,5})-h([1-9]\d{0,2})")
+"""Width, depth, MLP's width and heads, as the name of a size that has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViTSpec:
     """All that decides a ViT's tensors and what it computes."""
@@ -122,9 +126,20 @@ class ViTSpec:
 
 
 def vit_size(name: str) -> ViTSize:
+    """Of a name above, or with its dimensions for a name: w192-d12-m768-h3 is ti."""
+    if match := EXPLICIT.fullmatch(name):
+        width, depth, mlp_dim, num_heads = map(int, match.groups())
+        if width % num_heads:
+            raise ConfigError(f"model.size: the width of {name} is no multiple of its {num_heads} heads")
+        return ViTSize(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
     if name not in VIT_SIZES:
-        raise unknown_size("ViT", name, VIT_SIZES)
+        raise unknown_size("ViT", name, VIT_SIZES, example="w192-d12-m768-h3")
     return VIT_SIZES[name]
+
+
+def explicit_name(size: ViTSize) -> str:
+    """The name that `vit_size` takes apart."""
+    return f"w{size.width}-d{size.depth}-m{size.mlp_dim}-h{size.num_heads}"
 
 
 def image_shape(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -216,8 +231,12 @@ def _whole_patches(pixels: int, patch_size: int) -> int:
     return max(1, pixels // patch_size) * patch_size
 
 
-def unknown_size(family: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown_size(family: str, name: str, known: Iterable[str], *, example: str) -> ConfigError:
+    """`example`: of a name that says its dimensions."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1) or [name.lower()] * (name.lower() in known)
     meant = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"model.size: no {family} is called {name!r}{meant}; choose one of {', '.join(known)}")
+    return ConfigError(
+        f"model.size: no {family} is called {name!r}{meant}; choose one of {', '.join(known)}, or say its "
+        f"dimensions, as in {example}"
+    )
