@@ -90,4 +90,4 @@ def train_slowly(config: RunConfig, url: str, most: float, seed: int) -> None:
     loop.train(config, url, CPU)
 
 
-ROWS = [Row("R11", "hangs are found in 30 s, with all stacks; a slow run is left alone", hangs, short=5)]
+ROWS = [Row("R11", "hangs are found in 30 s, with all stacks; a slow run is left alone", hangs, short=3)]

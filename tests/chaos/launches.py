@@ -220,7 +220,7 @@ ROWS = [
         "R15",
         "a launcher killed at any write: one run trains, is registered once, and nothing is left over",
         launches,
-        short=2,
+        short=1,
         cluster=True,
     )
 ]

@@ -42,6 +42,6 @@ ROWS = [
         "R16",
         f"retention: nothing dangles, no orphan, in {SEQUENCES} sequences of all that is done, per trial",
         sequences,
-        short=2,
+        short=1,
     )
 ]

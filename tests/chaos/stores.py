@@ -106,4 +106,4 @@ def train_at(environment: Mapping[str, str], config: RunConfig, url: str) -> Non
     train_rank(config, url)
 
 
-ROWS = [Row("R3", "a store that is away, busy or loses replies fails no run", outages, short=4)]
+ROWS = [Row("R3", "a store that is away, busy or loses replies fails no run", outages, short=3)]

@@ -101,4 +101,4 @@ def objects(url: str) -> dict[str, tuple[str, int]]:
     }
 
 
-ROWS = [Row("R6", "one writer per run: 0 stale commits, 0 objects overwritten", zombies, short=6)]
+ROWS = [Row("R6", "one writer per run: 0 stale commits, 0 objects overwritten", zombies, short=4)]
