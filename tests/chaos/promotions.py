@@ -69,13 +69,14 @@ def trial_of(lab: Lab, mlflow: Mlflow) -> str:
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | PATIENT,
+        cwd=Path(__file__).parents[2],
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(asdict(trial)) + "\n")
         process.stdin.flush()
         try:
             for _ in range(1 if lab.short else 4):
-                await_operations(trial, lab.random.uniform(0.1, 0.6))
+                await_operations(process, trial, lab.random.uniform(0.1, 0.6))
                 mlflow.kill()
                 time.sleep(lab.random.uniform(0, 1))
                 mlflow.start()
@@ -113,10 +114,11 @@ def make_versions(registry: Registry, trial: Trial) -> list[Version]:
     return good
 
 
-def await_operations(trial: Trial, part: float) -> None:
+def await_operations(clients: "subprocess.Popen[str]", trial: Trial, part: float) -> None:
+    """Until this part of them is done."""
     deadline = time.monotonic() + PATIENCE
     while sum(len(heard(trial, number)) for number in range(CLIENTS)) < part * CLIENTS * trial.operations:
-        assert time.monotonic() < deadline, "the clients do nothing"
+        assert clients.poll() is None and time.monotonic() < deadline, "the clients do nothing"
         time.sleep(0.2)
 
 
