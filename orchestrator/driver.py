@@ -19,10 +19,18 @@ from ray.autoscaler.sdk import request_resources
 from orchestrator.attempt import Attempt
 from orchestrator.capacity import room
 from orchestrator.job import JobSpec, is_complete, read_spec, run_head
-from orchestrator.job_records import read_stop, write_done, write_failure, write_note, write_stop
+from orchestrator.job_records import (
+    read_stop,
+    write_done,
+    write_failure,
+    write_note,
+    write_run_failure,
+    write_stop,
+)
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
 from orchestrator.tracking import JobRuns, Tracking
+from orchestrator.trials import run_trials
 from workers.config import RunConfig
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store, probe
@@ -124,23 +132,38 @@ def _fit_all(spec: JobSpec, job: str) -> None:
     if spec.autoscaling and len(compute.worker_counts) > 1:
         bundle = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
         request_resources(bundles=[bundle] * compute.worker_counts[-1])
-    groups = share_out(configs, max(1, room(compute).total // size))
+    at_once = max(1, room(compute).total // size)
+    groups = share_out(configs, num_trials(len(configs), at_once, spec.runs_per_trial))
     if len(groups) == 1:
         _fit(spec, job, groups[0])
         return
-    # Each group's driver is a task without resources of its own. When one fails, the others go on.
-    fit = ray.remote(num_cpus=0, max_retries=RESTARTS)(_fit)
-    pending = [fit.remote(spec, job, group) for group in groups]
-    failure: Exception | None = None
-    while pending:
-        (done,), pending = ray.wait(pending)
+    _fit_groups(spec, job, groups, at_once)
+
+
+def num_trials(runs: int, at_once: int, runs_per_trial: int | None) -> int:
+    """Worker groups, one after another or side by side, that share the runs."""
+    return at_once if runs_per_trial is None else max(at_once, -(-runs // runs_per_trial))
+
+
+def _fit_groups(spec: JobSpec, job: str, groups: list[list[RunConfig]], at_once: int) -> None:
+    """Each as a trial. When one fails, the others go on; the first failure is raised when all have ended."""
+
+    def trial(index: int) -> VitscaleError | None:
+        if read_stop(open_store(spec.runs), spec.digest, job) is not None:
+            return None
         try:
-            ray.get(done)
-        except ray.exceptions.RayError as error:
-            # Ray makes an error of a task's an instance of its own class, too.
-            failure = failure or (Stopped(job) if isinstance(error, Stopped) else _as_ours(error))
-    if failure:
-        raise failure
+            _fit(spec, job, groups[index])
+        except Stopped:
+            return None
+        except VitscaleError as error:
+            return error
+        return None
+
+    failures = run_trials(trial, len(groups), at_once, restarts=RESTARTS)
+    if reason := read_stop(open_store(spec.runs), spec.digest, job):
+        raise Stopped(reason)
+    if failures:
+        raise failures[0]
 
 
 def _await_room(spec: JobSpec, job: str, *, patience: float) -> int:
@@ -217,6 +240,8 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
         # An error of ours would come again; above all, who lost a run's lease must not take it back.
         if stuck and (type(cause) is not VitscaleError or deaths > RESTARTS):
             failures[stuck[0].run], deaths = cause, 0
+            with contextlib.suppress(DataError):
+                write_run_failure(open_store(spec.runs), job, stuck[0].run, cause)
             log.error("%s cannot be trained: %s", stuck[0].run, cause)
         else:
             log.warning("the worker group died at image %d, starting it again: %s", progress, cause)

@@ -37,6 +37,9 @@ class JobSpec(Part):
     """Name of the registered model whose next version the run's result becomes."""
     register_each: tuple[str, ...] = ()
     """Instead of that: such a name for each of the runs."""
+    runs_per_trial: int | None = Field(default=None, gt=0)
+    """So many share a worker group, one after another; None: as many as makes one group for each place that
+    the cluster has for one. Never more than that."""
     autoscaling: bool = False
     """The cluster adds nodes on demand: runs that do not fit wait for them."""
 

@@ -6,6 +6,7 @@ Ray's name of one of them (stop, failure, note).
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
@@ -18,18 +19,39 @@ FAMILIES: dict[str, type[VitscaleError]] = {
 """The first that fits says what an error is: one that passes with time, for Unavailable."""
 
 
+def as_record(error: VitscaleError) -> dict[str, str]:
+    """An error as it goes from one process to another."""
+    family = next(name for name, kind in FAMILIES.items() if isinstance(error, kind))
+    return {"family": family, "message": str(error)}
+
+
+def of_record(record: Mapping[str, str]) -> VitscaleError:
+    return FAMILIES[record["family"]](record["message"])
+
+
 def write_failure(store: Store, job: str, error: VitscaleError) -> None:
     """Why a job ended, for the command that waits for it."""
-    family = next(name for name, kind in FAMILIES.items() if isinstance(error, kind))
-    store.write(_failure_key(job), json.dumps({"family": family, "message": str(error)}).encode())
+    store.write(_failure_key(job), json.dumps(as_record(error)).encode())
 
 
 def read_failure(store: Store, job: str) -> VitscaleError | None:
     try:
-        values = json.loads(store.read(_failure_key(job)))
+        return of_record(json.loads(store.read(_failure_key(job))))
     except NotFound:
         return None
-    return FAMILIES[values["family"]](values["message"])
+
+
+def write_run_failure(store: Store, job: str, run: str, error: VitscaleError) -> None:
+    """Why one of a job's runs cannot be trained; the others go on."""
+    write_failure(store, f"{job}.runs/{run}", error)
+
+
+def read_run_failures(store: Store, job: str) -> dict[str, VitscaleError]:
+    """By the runs' names."""
+    prefix, suffix = f"jobs/{job}.runs/", ".failure.json"
+    runs = [item.key.removeprefix(prefix).removesuffix(suffix) for item in store.list(prefix)]
+    failures = {run: read_failure(store, f"{job}.runs/{run}") for run in runs}
+    return {run: failure for run, failure in failures.items() if failure is not None}
 
 
 def write_note(store: Store, job: str, text: str) -> None:
@@ -48,6 +70,8 @@ def clear_reports(store: Store, job: str) -> None:
     """Ray forgets its jobs when its head is lost, and their names come again."""
     for key in (_failure_key(job), _note_key(job), _stop_key(job)):
         store.delete(key)
+    for item in list(store.list(f"jobs/{job}.runs/")):
+        store.delete(item.key)
 
 
 def wish(store: Store, digest: str, *, running: bool) -> None:

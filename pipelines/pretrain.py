@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
 from orchestrator.versions import Version
 from pipelines.interrupts import Interrupts
-from pipelines.progress import JobProgress
+from pipelines.progress import JobProgress, Ticks
 from pipelines.recipes import RECIPES, read_facts
 from workers.config import RunConfig, make_config
 from workers.config_text import override, read_yaml
@@ -105,15 +106,23 @@ def find_version(registry: Registry, site: Site, config: RunConfig, model: str) 
     return next((version for version in registry.versions(model) if version.digest == head.digest), None)
 
 
-def run_job(site: Site, spec: JobSpec, label: str, console: Console) -> None:
+def run_job(
+    site: Site,
+    spec: JobSpec,
+    label: str,
+    console: Console,
+    shown: AbstractContextManager[Ticks] | None = None,
+) -> None:
     """Start the job, or join it if it is running already, and see it through; an interrupt stops it.
 
-    Drivers and clusters that are lost meanwhile are replaced, as `vitscale supervise` does.
+    Drivers and clusters that are lost meanwhile are replaced, as `vitscale supervise` does. `shown` hears how
+    it goes, by default a bar.
     """
     try:
         with Interrupts() as interrupts:
             supervisor = submit(site, spec)
-            with JobProgress(spec, label, console) as progress:
+            with shown or JobProgress(spec, label, console) as progress:
+                progress.tick(supervisor.job, "")
                 while not supervisor.step():
                     progress.tick(supervisor.job, supervisor.note)
                     interrupts.wait(POLL_SECONDS)

@@ -2,7 +2,7 @@
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +14,11 @@ from workers.training.metrics import EventReader
 
 PLAIN_SECONDS = 10.0
 """Without a terminal a line is printed this often."""
+
+
+class Ticks(Protocol):
+    def tick(self, job: str, note: str) -> None:
+        """Every half a second, with Ray's name of the job and what is waited for."""
 
 
 class JobProgress:

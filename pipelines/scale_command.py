@@ -30,6 +30,9 @@ def scale(
         bool,
         typer.Option("--measure", help="With --dry-run: time a few steps of each model on this machine."),
     ] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Only show how each rung stands; start nothing.")
+    ] = False,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,27 +44,32 @@ def scale(
     """
     where = open_site(site)
     from pipelines.scaling import preview as previews
-    from pipelines.scaling import results as found
-    from pipelines.scaling.run import run_study
+    from pipelines.scaling.live import table
+    from pipelines.scaling.results import as_table, fit_laws
+    from pipelines.scaling.run import do_study, study_status
     from pipelines.scaling.study import read_study
 
     if measured and not dry_run:
         raise typer.BadParameter("it goes with --dry-run", param_hint="--measure")
     root = where.data_url(data) if data else None
     plan = read_study(study, root, overrides or [], where.data_url)
+    shown = previews.preview(plan, _measure(plan) if measured else None)
     if dry_run:
-        shown = previews.preview(plan, _measure(plan) if measured else None)
         if as_json:
             typer.echo(json.dumps(previews.as_json(shown)))
         else:
             console.print(previews.as_table(shown))
         return
-    results = run_study(where, plan, progress_console(as_json))
-    laws = found.fit_laws(results)
+    outcome = study_status(where, shown) if status else do_study(where, shown, progress_console(as_json))
     if as_json:
-        typer.echo(json.dumps(found.as_rows(results, laws)))
-        return
-    console.print(found.as_table(results, laws))
+        typer.echo(json.dumps(outcome.to_json()))
+    else:
+        if status or outcome.failed:
+            console.print(table(outcome.standings))
+        console.print(as_table(outcome.results, fit_laws(outcome.results)))
+        console.print(f"points: {outcome.points}")
+    if not status:
+        outcome.check()
 
 
 def _measure(study: "Study") -> "dict[str, Speed]":

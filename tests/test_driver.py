@@ -11,7 +11,7 @@ from orchestrator.attempt import Attempt
 from orchestrator.capacity import Room
 from orchestrator.driver import RESTARTS, Stopped
 from orchestrator.job import JobSpec, is_complete, run_url
-from orchestrator.job_records import read_note, write_stop
+from orchestrator.job_records import read_note, read_run_failures, write_stop
 from orchestrator.site import Site
 from orchestrator.tracking import JobRuns, Tracking
 from tests.test_config import VALUES, changed
@@ -272,3 +272,30 @@ def test_mlflow_says_how_each_run_of_a_job_ended(services: Site, store_url: str)
     commit(store_url, second, 64, complete=True)
     again.end("FINISHED")
     assert statuses() == ["FINISHED", "FINISHED", "FINISHED"]
+
+
+def test_runs_are_shared_out_over_trials() -> None:
+    """One for each place that the cluster has, unless a trial is to have fewer runs."""
+    assert driver.num_trials(12, 2, None) == 2
+    assert driver.num_trials(12, 2, 12) == 2
+    assert driver.num_trials(12, 2, 4) == 3
+    assert driver.num_trials(12, 2, 1) == 12
+
+
+def test_why_a_run_cannot_be_trained_is_kept_for_the_command(
+    monkeypatch: pytest.MonkeyPatch, store_url: str, groups: list[list[str]]
+) -> None:
+    first, second = seeds(1, 2)
+
+    def act(group: list[RunConfig]) -> None:
+        if group[0] is first:
+            raise ConfigError("optim.learning_rate: diverged")
+        commit(store_url, second, 64, complete=True)
+
+    use_trainer(monkeypatch, groups, act)
+    with pytest.raises(ConfigError, match="diverged"):
+        driver._fit(make_spec(store_url, first, second), JOB, [first, second])
+    failures = read_run_failures(open_store(store_url), JOB)
+    assert {run: str(error) for run, error in failures.items()} == {
+        first.run: "optim.learning_rate: diverged"
+    }

@@ -156,7 +156,7 @@ print(json.dumps({
     assert seen["report"] == ["report.html"]
     assert sorted(seen["pretrain"]) == ["confusion.json", "evaluation", "probes"]
     assert {"mfu", "val_accuracy_low", "attention_distance/block_00"} <= set(seen["metrics"])
-    assert seen["study"] == ["study.json"]
+    assert seen["study"] == ["plan.json", "points.parquet", "study.json"]
 
 
 def test_a_killed_worker_costs_nothing(journey: Path) -> None:

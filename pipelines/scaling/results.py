@@ -35,14 +35,15 @@ def best_of_sweeps(results: Sequence[RungResult]) -> list[RungResult]:
 
 
 def fit_laws(results: Sequence[RungResult]) -> dict[str, PowerLaw]:
-    """Error against distinct training images, one power law for each model of at least two data sizes."""
+    """Error against distinct training images, one power law for each model of at least two data sizes; for
+    each length where there are several."""
+    several = len({result.images_seen for result in results}) > 1
     points: dict[str, list[tuple[int, float]]] = {}
     for result in results:
         model = result.config.model
         size = result.config.data.subset or 0
-        points.setdefault(f"{model.family} {model.size}", []).append(
-            (size, error_rate(result.errors, result.total))
-        )
+        label = f"{model.family} {model.size}" + (f", {result.images_seen:,} seen" if several else "")
+        points.setdefault(label, []).append((size, error_rate(result.errors, result.total)))
     return {
         label: fit_power_law([x for x, _ in pairs], [y for _, y in pairs])
         for label, pairs in points.items()

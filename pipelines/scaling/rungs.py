@@ -103,7 +103,7 @@ class _Point:
         parts += [f"d{length}"] if len(self.study.images_seen) > 1 else []
         parts += [f"s{self.seed}"] if len(self.study.seeds) > 1 else []
         if with_factor and len(self.study.learning_rate_factors) > 1:
-            parts.append(f"lr{self.factor:g}")
+            parts.append(f"lr{self.factor:g}".replace("+", ""))
         return "-".join(parts)
 
     def config(self, length: int, shortest: int, **optim: Any) -> RunConfig:
