@@ -13,6 +13,7 @@ import typer
 from pipelines import data_commands, registry_commands, run_commands, selftest_commands, training_commands
 from pipelines.evaluate_command import evaluate
 from pipelines.finetune_command import finetune
+from pipelines.fit_command import fit
 from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
@@ -176,6 +177,7 @@ app.command(name="import")(registry_commands.import_weights)
 app.command()(registry_commands.export)
 app.command()(gc)
 app.command()(scale)
+app.command()(fit)
 
 
 if __name__ == "__main__":

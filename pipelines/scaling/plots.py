@@ -1,0 +1,86 @@
+"""Laws drawn: curves with bands and held-out points, sizes at equal compute."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from orchestrator.figures import BLUE, GREY, STYLE, VERMILION, to_png, to_svg
+from pipelines.scaling.allocate import isoflop, optimum
+from pipelines.scaling.curve_report import CurveFit, CurveReport
+from pipelines.scaling.joint_report import JointReport
+
+COLUMNS = 4
+PANEL = (3.3, 2.6)
+"""Inches of a curve's panel."""
+POINTS = 200
+BUDGETS = 6
+"""Curves of equal compute."""
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    path.write_bytes(to_svg(figure) if path.suffix == ".svg" else to_png(figure))
+
+
+def draw_curves(report: CurveReport) -> Figure:
+    """A panel per curve: points, law, band to the last forecast; points that no fit saw are hollow."""
+    with matplotlib.rc_context(STYLE):
+        count = len(report.fits)
+        columns = min(COLUMNS, count)
+        rows = -(-count // columns)
+        size = (max(PANEL[0] * columns, 4.5), max(PANEL[1] * rows, 3.2))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for panel, fit in zip(panels, report.fits, strict=False):
+            _draw_curve(panel, fit, report)
+        for panel in panels[count:]:
+            panel.set_visible(False)
+        figure.supxlabel(report.points.x)
+        figure.supylabel(report.points.y)
+        return figure
+
+
+def _draw_curve(panel: Axes, fit: CurveFit, report: CurveReport) -> None:
+    curve = fit.curve
+    end = max([*fit.at, float(curve.x[-1]), *curve.held_x.tolist()])
+    x = np.geomspace(curve.x[0], end, POINTS)
+    found = fit.law.forecast(x, report.confidence)
+    panel.fill_between(x, found.low, found.high, color=BLUE, alpha=0.18, linewidth=0)
+    panel.plot(x, found.median, color=BLUE)
+    panel.plot(curve.x, curve.y, ".", color=GREY, markersize=5)
+    if len(curve.held_x):
+        panel.plot(curve.held_x, curve.held_y, "o", mfc="none", mec=VERMILION, markersize=3, mew=0.7)
+    panel.axvline(curve.x[-1], color=GREY, linewidth=0.8, linestyle=":")
+    panel.set(xscale="log", yscale="log", title=curve.name)
+
+
+def draw_runs(report: JointReport) -> Figure:
+    """Loss against size at several budgets, with the best size of each."""
+    points, law = report.points, report.fit.law
+    compute = points.flops_factor * points.runs.size * points.runs.data
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        panel = figure.subplots()
+        sizes = np.geomspace(points.runs.size.min() / 2, points.runs.size.max() * 2, POINTS)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, BUDGETS))
+        budgets = np.geomspace(compute.min(), compute.max(), BUDGETS)
+        nearest = np.abs(np.log(compute)[:, None] - np.log(budgets)).argmin(axis=1)
+        for number, (budget, colour) in enumerate(zip(budgets, colours, strict=True)):
+            panel.plot(
+                sizes,
+                isoflop(law, budget, sizes, points.flops_factor),
+                color=colour,
+                label=f"{budget:.1e} FLOPs",
+            )
+            own = nearest == number
+            panel.plot(points.runs.size[own], points.runs.loss[own], ".", color=colour, markersize=4)
+            best, data = optimum(law, budget / points.flops_factor)
+            panel.plot(
+                best, law.predict(np.array([best]), np.array([data])), "*", color=VERMILION, markersize=9
+            )
+        panel.set(xscale="log", yscale="log", xlabel=points.size, ylabel=points.y)
+        panel.set_ylim(points.runs.loss.min() / 1.05, points.runs.loss.max() * 1.05)
+        panel.legend(title="lines: the law; stars: best size")
+        return figure

@@ -1,0 +1,174 @@
+"""`vitscale fit` as it is called, on files as people have them."""
+
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from workers.errors import ConfigError, DataError
+
+SVG = {"x": 12.5, "y": 99.0, "color": "#faebdd"}
+"""Columns of Epoch AI's extraction that are places in a picture, not sizes or losses."""
+JOINT = "chinchilla"
+
+
+def fit(*arguments):
+    """What it printed; errors as raised."""
+    done = CliRunner().invoke(app, ["fit", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def write(path, rows):
+    table = pyarrow.Table.from_pylist(rows)
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    return path
+
+
+def learning_curves(seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "domain": "IC",
+            "task": task,
+            "model": model,
+            "seen_examples": x,
+            "loss": (e + 0.3 * (x / 1e9) ** -0.4) * np.exp(rng.normal(0, 0.01)),
+            "split": "fit" if x <= 1e9 else "extrapolate",
+        }
+        for task, e in (("birds", 0.05), ("cars", 0.1))
+        for model in ("ViT", "BiT")
+        for x in np.geomspace(1e7, 2e9, 40)
+    ]
+
+
+def runs(seed=0):
+    rng = np.random.default_rng(seed)
+    flops = np.repeat(np.geomspace(6e18, 3e21, 9), 10)
+    size = np.sqrt(flops / 120) * np.exp(rng.uniform(-1.5, 1.5, len(flops)))
+    loss = 1.8 + 480 * size**-0.35 + 2100 * (flops / 6 / size) ** -0.37
+    loss *= np.exp(rng.laplace(0, 0.003, len(flops)))
+    loss[:3] *= 2
+    rows = zip(size, flops, loss, strict=True)
+    return [{**SVG, "Model Size": n, "Training FLOP": c, "loss": y} for n, c, y in rows]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_curves_with_a_split_are_found_by_their_names(tmp_path, kind):
+    path = write(tmp_path / f"curves.{kind}", learning_curves())
+    found = json.loads(fit(path, "--backtest", "--json"))
+    assert [one["curve"] for one in found["curves"]] == ["birds ViT", "birds BiT", "cars ViT", "cars BiT"]
+    assert (found["x"], found["y"]) == ("seen_examples", "loss")
+    for one in found["curves"]:
+        assert one["parameters"].keys() == one["standard_errors"].keys() >= {"P.e", "P.k", "L.k"}
+        assert [point["x"] / one["x_range"][1] for point in one["predictions"]] == [2, 4]
+        assert all(point["low"] < point["median"] < point["high"] for point in one["predictions"])
+    held = {one["estimator"]: one for one in found["backtest"]["held out"]["estimators"]}
+    assert held["ensemble"]["rmsle"] < held["last value"]["rmsle"] / 3
+    assert held["ensemble"]["nominal"] == 0.9 and held["ensemble"]["coverage"] > 0.8
+    assert sum(one["share_won"] for one in held.values()) == pytest.approx(1)
+
+
+def test_tables_plots_and_forecasts_are_written(tmp_path):
+    path = write(tmp_path / "curves.csv", learning_curves())
+    said = fit(path, "--plot", tmp_path / "c.svg", "--out", tmp_path / "f.parquet", "--backtest")
+    assert "birds ViT" in said and "coverage" in said and "last octave" in said
+    assert (tmp_path / "c.svg").read_text().count("birds ViT") == 1
+    assert len(pyarrow.parquet.read_table(tmp_path / "f.parquet")) == 8
+
+
+def test_chinchilla_from_a_file_as_epoch_has_it(tmp_path):
+    path = write(tmp_path / "svg_extracted_data.csv", runs())
+    options = ("--law", "chinchilla", "--exclude-largest", 3, "--bootstraps", 30)
+    found = json.loads(fit(path, *options, "--budget", "1e22", "--json", "--plot", tmp_path / "r.png"))
+    assert (found["rows"], found["runs"]) == (90, 87)
+    assert len(found["excluded"]) == 3 and min(found["excluded"]) > 4
+    assert (found["size"], found["data"], found["y"]) == ("Model Size", "Training FLOP", "loss")
+    assert found["parameters"]["alpha"] == pytest.approx(0.35, abs=0.05)
+    assert found["standard_errors"].keys() == {"A", "B", "E", "alpha", "beta"}
+    bought = found["predictions"][0]
+    assert 6 * bought["size"] * bought["data"] == pytest.approx(1e22)
+    assert "3 largest losses of 90 are left out" in fit(path, *options, "--backtest")
+
+
+def test_columns_by_name_and_in_lower_case(tmp_path):
+    rows = [
+        {"n": row["Model Size"], "d": row["Training FLOP"] / 6 / row["Model Size"], "l": row["loss"]}
+        for row in runs()
+    ]
+    path = write(tmp_path / "runs.csv", rows)
+    options = ("--law", "chinchilla", "--y", "L", "--bootstraps", 20, "--exclude-largest", 3, "--json")
+    found = json.loads(fit(path, *options))
+    assert (found["size"], found["data"]) == ("n", "d")
+    assert found == json.loads(fit(path, *options, "--size", "n", "--data", "d"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "said"),
+    [
+        ([{"x": 1, "loss": 2.0}] * 3, (), "all points are at x = 1"),
+        ([{"x": x, "loss": 1 / x} for x in (1, 2, 3)], (), "3 different x"),
+        ([{"x": x, "loss": 1 / x if x != 3 else float("nan")} for x in range(1, 9)], (), "row 3 is nan"),
+        ([{"x": x, "loss": 5.0 - x} for x in range(1, 9)], (), "row 5 is 0"),
+        ([{"x": x, "loss": f"{x}?"} for x in range(1, 9)], (), "'1?', not a number"),
+        ([{"x": x, "top1": x / 10} for x in range(1, 9)], (), "--y top1 --accuracy"),
+        ([{"x": x, "top1": x / 10} for x in range(1, 9)], ("--y", "top1"), "its name says accuracy"),
+        ([{"x": x, "score": x / 10} for x in range(1, 9)], ("--y", "score"), "rise with x, as accuracy does"),
+        ([{"x": x, "loss": 1 / x} for x in range(1, 9)], ("--x", "steps"), "no such column; it has x, loss"),
+        ([{"x": x, "loss": 1 / x} for x in range(1, 9)], ("--predict", "99"), "12.4 times the largest x"),
+        ([{"x": x, "loss": 1 / x} for x in range(1, 9)], ("--law", "m9"), "expected one of ensemble"),
+        ([{"x": x, "loss": 1 / x} for x in range(1, 9)], ("--plot", "a.pdf"), ".svg or .png"),
+        ([{"n": 7, "d": x, "loss": 1 / x} for x in range(1, 19)], ("--law", JOINT), "1 different value in"),
+        ([{"size": x, "loss": 1 / x} for x in range(1, 19)], ("--law", JOINT), "--data, --flops"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_plainly(tmp_path, rows, options, said):
+    path = write(tmp_path / "points.csv", rows)
+    with pytest.raises((ConfigError, DataError)) as caught:
+        fit(path, *options)
+    assert said in str(caught.value)
+
+
+def test_a_forecast_too_far_needs_to_be_asked_for_and_says_so(tmp_path):
+    path = write(tmp_path / "points.csv", [{"x": x, "loss": 0.1 + 1 / x} for x in range(1, 30)])
+    found = json.loads(fit(path, "--predict", 1000, "--extrapolate", "--json"))
+    assert found["curves"][0]["predictions"][0]["beyond_backtests"] is True
+    assert "never tried so far out" in fit(path, "--predict", 1000, "--extrapolate")
+
+
+def test_one_bad_curve_does_not_hide_the_others(tmp_path):
+    rows = [*learning_curves(), *({"task": "few", "model": "ViT", "seen_examples": 1e7, "loss": 0.5},) * 2]
+    found = json.loads(
+        fit(write(tmp_path / "points.parquet", [{**learning_curves()[0], **row} for row in rows]), "--json")
+    )
+    assert len(found["curves"]) == 4
+    assert "at least 4 scales" in found["refused"]["few ViT"]
+
+
+def test_accuracy_becomes_error_and_missing_cells_are_told(tmp_path):
+    rows = [{"images_seen": x, "top1": 100 - 40 * x**-0.3} for x in np.geomspace(1, 100, 20)]
+    rows[4]["top1"] = None
+    found = json.loads(fit(write(tmp_path / "p.csv", rows), "--y", "top1", "--accuracy", "--json"))
+    assert found["notes"] == ["1 rows have no top1 and are left out", "error = 1 - top1 / 100"]
+    forecast = found["curves"][0]["predictions"][0]
+    assert forecast["low"] < 0.4 * 200**-0.3 < forecast["high"]
+
+
+def test_a_studys_own_points_are_taken_at_the_ends_of_schedules(tmp_path):
+    rows = [
+        {"family": family, "size": "xs", "images_seen": x, "loss": y, "end": end, "selected": True}
+        for family in ("vit", "resnet")
+        for x in (1e3, 2e3, 4e3, 8e3, 16e3)
+        for y, end in ((0.1 + x**-0.2, True), (3.0, False))
+    ]
+    found = json.loads(fit(write(tmp_path / "points.parquet", rows), "--json"))
+    assert [one["curve"] for one in found["curves"]] == ["vit", "resnet"]
+    assert found["x"] == "images_seen" and "10 rows within a schedule" in found["notes"][0]
