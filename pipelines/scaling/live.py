@@ -37,7 +37,8 @@ class StudyProgress:
         self._read_at = self._line_at = 0.0
         self._told = {standing.rung.name: standing.state for standing in standings}
         self.job = ""
-        self._note = ""
+        self._note = self._old_note = ""
+        """What is waited for; and what was before anything was heard of a worker."""
         self._live = Live(console=console, get_renderable=self._table, refresh_per_second=2)
 
     def __enter__(self) -> Self:
@@ -56,8 +57,10 @@ class StudyProgress:
             return
         self._read_at = time.monotonic()
         try:
-            self._note = note or (read_note(self._store, job) if job else "")
-            self._look()
+            note = note or (read_note(self._store, job) if job else "")
+            if self._look():
+                self._old_note = note
+            self._note = note if note != self._old_note else ""
         except Unavailable as error:
             self._note = str(error)
         if not self.console.is_terminal:
@@ -71,10 +74,12 @@ class StudyProgress:
         if not self.console.is_terminal:
             self._lines()
 
-    def _look(self) -> None:
+    def _look(self) -> bool:
+        """Take what is new; whether there was anything."""
+        heard = False
         for standing in self._standings:
             if standing.state == "running":
-                standing.read()
+                heard |= standing.read()
                 if standing.state == "running" and standing.quiet:
                     standing.state = "waiting"
         waiting = sum(standing.state == "waiting" for standing in self._standings)
@@ -84,9 +89,10 @@ class StudyProgress:
                 break
             if self._standings[index].state == "waiting":
                 looked += 1
-                self._standings[index].read()
+                heard |= self._standings[index].read()
         if self.job:
             mark_failures(self._standings, read_run_failures(self._store, self.job))
+        return heard
 
     def _lines(self) -> None:
         for standing in self._standings:

@@ -48,9 +48,12 @@ def preview(study: Study, measured: Mapping[str, Speed] | None = None) -> Previe
         raise ConfigError(f"num_images: {max(study.num_images)} is more than the {available} training images")
     validation = DatasetIndex.open(study.base.data.validation_url).num_samples
     found = rungs(study)
-    stated = {rung.name: rung_cost(rung, study.hardware, validation, {}) for rung in found}
+    # Rungs of a trial share its start.
+    start = study.hardware.start_seconds / study.rungs_per_trial
+    hardware = study.hardware.model_copy(update={"start_seconds": start})
+    stated = {rung.name: rung_cost(rung, hardware, validation, {}) for rung in found}
     verdict = settle(study.budget, found, lambda some: total_cost(some, stated, study.hardware.devices))
-    shown = {rung.name: rung_cost(rung, study.hardware, validation, measured or {}) for rung in found}
+    shown = {rung.name: rung_cost(rung, hardware, validation, measured or {}) for rung in found}
     total = total_cost(verdict.kept, shown, study.hardware.devices)
     return Preview(study_run(study), study, verdict, shown, total)
 

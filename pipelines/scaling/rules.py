@@ -14,8 +14,8 @@ from workers.part import Part, Positive
 
 RATE_SOURCES = {
     "width": (
-        "power 1: Yang et al. 2022 (arXiv 2203.03466, table 8), Adam's rate of hidden matrices under muP; "
-        "power 0.5 is the compromise for all weights at the standard initialisation"
+        "power 1: Yang et al. 2022 (arXiv 2203.03466, table 8), Adam's rate of hidden matrices under muP; a "
+        "smaller power is the study's own choice"
     ),
     "parameters": (
         "no power is established; in Kaplan et al. 2020 (arXiv 2001.08361, appendix D.6) the rate falls with "
