@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-recovery bench-quality down clean
+.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ bench-recovery: $(READY)  ## how long after a worker's death a run goes on, besi
 
 bench-quality: $(READY)  ## what models learn: resolutions of fine-tuning, ViT from scratch; a GPU, or many hours
 	$(BIN)/python -m tests.benchmarks.quality $(ARGS)
+
+bench-laws: $(READY)  ## scaling laws against M4, broken power laws and others on real curves; a quarter of an hour
+	$(BIN)/python -m tests.benchmarks.laws $(ARGS)
 
 $(PEERS_READY): tests/benchmarks/peers.txt
 	@$(BIN)/python -m tests.benchmarks.rgw --check

@@ -24,7 +24,8 @@ def fit(
     law: Annotated[
         str,
         typer.Option(
-            help="In one variable: ensemble, m1, m2, m3, zhai, bnsl1, bnsl2. In size and data: chinchilla."
+            help="In one variable: ensemble, m1, m2, m3, zhai, bnsl1, bnsl2. Best loss by compute: frontier. "
+            "In size and data: chinchilla."
         ),
     ] = "ensemble",
     x: Annotated[str | None, typer.Option(help="Column of images seen, tokens or compute.")] = None,
@@ -50,12 +51,21 @@ def fit(
     exclude_largest: Annotated[
         int, typer.Option(min=0, help="Leave out so many of the largest losses; which ones is printed.")
     ] = 0,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out rows, such as model=G/14. Repeatable; printed.")
+    ] = None,
     predict: Annotated[
         list[float] | None,
         typer.Option(help="Forecast at this x. Repeatable. Default: 2 and 4 times the largest."),
     ] = None,
     budget: Annotated[
         list[float] | None, typer.Option(help="FLOPs to divide among size and data. Repeatable.")
+    ] = None,
+    next_run: Annotated[
+        float | None, typer.Option("--next", help="FLOPs for one more run: which tells most of the target?")
+    ] = None,
+    break_even: Annotated[
+        str | None, typer.Option(help="Two families: where does the first overtake? Such as vit,resnet.")
     ] = None,
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Forecast also beyond what backtests reach.")
@@ -101,15 +111,17 @@ def fit(
     )
     _check_files(plot, out)
     table = _read(source, site)
+    for rule in exclude or []:
+        table = table.without_rows(rule)
     if law == JOINT:
         _fit_runs(
             table, columns, exclude_largest, bootstraps, by_model, budget or [], confidence, extrapolate,
-            backtest, plot, as_json,
+            backtest, next_run, plot, as_json,
         )  # fmt: skip
         return
     _fit_curves(
-        table, columns, exclude_largest, law, predict or [], confidence, extrapolate, backtest, against, plot,
-        out, as_json,
+        table, columns, exclude_largest, law, predict or [], confidence, extrapolate, backtest, against,
+        break_even, plot, out, as_json,
     )  # fmt: skip
 
 
@@ -123,13 +135,15 @@ def _fit_curves(
     extrapolate: bool,
     backtest: bool,
     against: str | None,
+    break_even: str | None,
     plot: Path | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
     from pipelines.scaling.backtest import ESTIMATORS, M4
     from pipelines.scaling.curve_report import LAWS, curve_json, curve_tables, report_curves
-    from pipelines.scaling.measured import curves_of
+    from pipelines.scaling.frontier import FRONTIER
+    from pipelines.scaling.measured import curves_of, frontier_of
 
     if law not in LAWS:
         raise ConfigError(f"--law {law}: expected one of {', '.join((*LAWS, JOINT))}")
@@ -138,13 +152,14 @@ def _fit_curves(
         if name not in (*ESTIMATORS, M4):
             raise ConfigError(f"--against {name}: expected some of {', '.join((*ESTIMATORS, M4))}")
     report = report_curves(
-        curves_of(table, columns, exclude_largest),
+        (frontier_of if law == FRONTIER else curves_of)(table, columns, exclude_largest),
         law=law,
         predict=predict,
         confidence=confidence,
         extrapolate=extrapolate,
         backtest=backtest,
         against=others,
+        families=_families(break_even) if break_even else None,
     )
     if plot is not None:
         from pipelines.scaling.plots import draw_curves, write_figure
@@ -170,6 +185,7 @@ def _fit_runs(
     confidence: float,
     extrapolate: bool,
     backtest: bool,
+    next_run: float | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -186,6 +202,7 @@ def _fit_runs(
             confidence=confidence,
             extrapolate=extrapolate,
             backtest=backtest,
+            next_budget=next_run,
             progress=progress,
         )
     if plot is not None:
@@ -196,6 +213,13 @@ def _fit_runs(
         typer.echo(json.dumps(joint_json(report), allow_nan=False))
         return
     console.print(joint_tables(report))
+
+
+def _families(text: str) -> tuple[str, str]:
+    first, _, second = text.partition(",")
+    if not first or not second or "," in second:
+        raise ConfigError(f"--break-even {text}: expected two families, such as vit,resnet")
+    return first, second
 
 
 def _read(source: str, site: Path | None) -> "Table":

@@ -172,3 +172,33 @@ def test_a_studys_own_points_are_taken_at_the_ends_of_schedules(tmp_path):
     found = json.loads(fit(write(tmp_path / "points.parquet", rows), "--json"))
     assert [one["curve"] for one in found["curves"]] == ["vit", "resnet"]
     assert found["x"] == "images_seen" and "10 rows within a schedule" in found["notes"][0]
+
+
+def test_break_even_of_families_on_every_task(tmp_path):
+    path = write(tmp_path / "curves.csv", learning_curves())
+    found = json.loads(fit(path, "--break-even", "ViT,BiT", "--json"))["break_even"]
+    assert [(one["first"], one["second"]) for one in found] == [
+        ("birds ViT", "birds BiT"),
+        ("cars ViT", "cars BiT"),
+    ]
+    assert all(0 <= one["never"] <= 1 and one["sentence"] for one in found)
+    with pytest.raises(ConfigError, match="no two curves differ in these words alone"):
+        fit(path, "--break-even", "ViT,MLP")
+
+
+def test_the_frontier_is_what_compute_bought_and_rows_can_be_left_out(tmp_path):
+    rows = [
+        {"model": model, "train_flops": c * factor, "error": (0.1 + 0.5 * (c + 0.5) ** -0.3) * factor**0.05}
+        for model, factor in (("good", 1.0), ("bad", 3.0), ("cheat", 0.01))
+        for c in np.geomspace(1, 1e4, 20)
+    ]
+    path = write(tmp_path / "runs.parquet", rows)
+    found = json.loads(
+        fit(path, "--law", "frontier", "--exclude", "model=cheat", "--predict", "5e4", "--json")
+    )
+    assert found["notes"] == [
+        "20 rows of model=cheat are left out",
+        "20 of 40 runs are better than every cheaper one",
+    ]
+    forecast = found["curves"][0]["predictions"][0]
+    assert forecast["low"] < 0.1 + 0.5 * 5e4**-0.3 < forecast["high"]

@@ -15,10 +15,12 @@ from pipelines.scaling.curves import MIN_SCALES, Curve, Floats
 from pipelines.scaling.ensemble import Ensemble, fit_ensemble
 from pipelines.scaling.fits import Fit, fit_form
 from pipelines.scaling.forms import FORMS
+from pipelines.scaling.frontier import FRONTIER, fit_frontier
 from pipelines.scaling.intervals import CONFIDENCE
 from pipelines.scaling.posterior import Family, fit_posterior
 
-CUTS = {"x_max/2": 2.0, "x_max/4": 4.0}
+CUTS = {"x_max/2": 2.0, "x_max/4": 4.0, "x_max/10": 10.0}
+"""The last of frontiers alone."""
 HELD = "held out"
 DECIMALS = 1000
 """Shares of tasks won: errors are truncated to three decimals, so that hair's breadths are ties."""
@@ -110,6 +112,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "P": lambda x, y: _One("P", x, y),
     "L": lambda x, y: _One("L", x, y),
     **{name: _form(name) for name in FORMS},
+    FRONTIER: fit_frontier,
     **NAIVE,
 }
 QUICK = (DEFAULT, "P", "L", "m1", *NAIVE)
@@ -131,7 +134,7 @@ def tasks_of(curves: Sequence[Curve]) -> dict[str, list[Task]]:
 
 def _cut(curve: Curve, times: float) -> Task | None:
     early = curve.x <= curve.x[-1] / times
-    if len(np.unique(curve.x[early])) < MIN_SCALES:
+    if times > curve.max_cut or len(np.unique(curve.x[early])) < MIN_SCALES:
         return None
     return Task(
         curve=curve.name,

@@ -20,16 +20,18 @@ from pipelines.scaling.backtest import (
     score_laws,
     tasks_of,
 )
+from pipelines.scaling.breakeven import BreakEven, break_even
 from pipelines.scaling.curves import Curve
 from pipelines.scaling.ensemble import Ensemble, fit_ensemble
 from pipelines.scaling.fits import Fit, fit_form
 from pipelines.scaling.forms import FORMS
+from pipelines.scaling.frontier import FRONTIER, fit_frontier
 from pipelines.scaling.intervals import Forecast
 from pipelines.scaling.measured import Curves
 from pipelines.scaling.released import fit_released
 from workers.errors import ConfigError
 
-LAWS = (DEFAULT, *FORMS)
+LAWS = (DEFAULT, *FORMS, FRONTIER)
 """Laws in one variable that have intervals."""
 
 
@@ -62,6 +64,7 @@ class CurveReport:
     """By cut; empty if none was asked for."""
     tasks: dict[str, int]
     """Of each cut."""
+    break_even: list[BreakEven]
 
 
 def report_curves(
@@ -73,6 +76,7 @@ def report_curves(
     extrapolate: bool,
     backtest: bool,
     against: Sequence[str],
+    families: tuple[str, str] | None = None,
 ) -> CurveReport:
     """ConfigError for a forecast beyond what backtests reach, unless told to `extrapolate`."""
     fits = [_fit(curve, law, predict, confidence) for curve in points.curves]
@@ -98,17 +102,48 @@ def report_curves(
             }
             scores[cut], counts[cut] = score_laws(tasks, laws, confidence), len(tasks)
     return CurveReport(
-        points=points, law=law, confidence=confidence, fits=fits, backtest=scores, tasks=counts
+        points=points,
+        law=law,
+        confidence=confidence,
+        fits=fits,
+        backtest=scores,
+        tasks=counts,
+        break_even=_break_even(points.curves, families, confidence) if families else [],
     )
+
+
+def _break_even(curves: Sequence[Curve], families: tuple[str, str], confidence: float) -> list[BreakEven]:
+    """Of every two curves whose names differ in the two families alone."""
+    first, second = families
+    by_name = {curve.name: curve for curve in curves}
+    pairs = [
+        (curve, by_name[other])
+        for name, curve in by_name.items()
+        if first in name.split() and (other := _exchanged(name, first, second)) in by_name
+    ]
+    if not pairs:
+        raise ConfigError(
+            f"--break-even {first},{second}: no two curves differ in these words alone; there are "
+            f"{', '.join(by_name)}"
+        )
+    return [break_even(one, other, confidence=confidence) for one, other in pairs]
+
+
+def _exchanged(name: str, first: str, second: str) -> str:
+    return " ".join(second if word == first else word for word in name.split())
 
 
 def _fit(curve: Curve, law: str, predict: Sequence[float], confidence: float) -> CurveFit:
-    fitted = (
-        fit_ensemble(curve.x, curve.y, curve.seeds)
-        if law == DEFAULT
-        else fit_form(FORMS[law], curve.x, curve.y)
+    fitted: Ensemble | Fit
+    if law == DEFAULT:
+        fitted = fit_ensemble(curve.x, curve.y, curve.seeds)
+    elif law == FRONTIER:
+        fitted = fit_frontier(curve.x, curve.y)
+    else:
+        fitted = fit_form(FORMS[law], curve.x, curve.y)
+    at = tuple(predict) or tuple(
+        float(curve.x[-1]) * times for times in (2.0, 4.0, 10.0) if times <= curve.horizon
     )
-    at = tuple(predict) or tuple(float(curve.x[-1]) * times for times in (2.0, 4.0) if times <= curve.horizon)
     return CurveFit(
         curve=curve, law=fitted, at=at, forecast=fitted.forecast(np.array(at, dtype=float), confidence)
     )
@@ -140,6 +175,7 @@ def curve_json(report: CurveReport) -> dict[str, Any]:
             }
             for cut, scores in report.backtest.items()
         },
+        "break_even": [{**vars(one), "sentence": one.sentence()} for one in report.break_even],
         "notes": report.points.notes,
     }
 
@@ -195,6 +231,7 @@ def curve_tables(report: CurveReport) -> Group:
     ]
     if any(fit.is_beyond(x) for fit in report.fits for x in fit.at):
         lines.append("* beyond what backtests reach: the interval was never tried so far out")
+    lines += [f"break-even: {one.sentence()}" for one in report.break_even]
     return Group(table, *lines, *(_score_table(report, cut) for cut in report.backtest))
 
 

@@ -42,13 +42,14 @@ class Curve:
     held_x: Floats = field(default_factory=_nothing)
     """(m,), of points that no fit sees."""
     held_y: Floats = field(default_factory=_nothing)
+    max_cut: float = MAX_CUT
     notes: tuple[str, ...] = ()
     """What a reader of the fit should know of its data."""
 
     @property
     def horizon(self) -> float:
-        """Times x_max to which forecasts were tried on the curve's own beginning: 4, 2, or 1 (not at all)."""
-        for cut in (MAX_CUT, 2.0):
+        """Times x_max to which forecasts can be tried on the curve's beginning: 4, 2, or 1 (not at all)."""
+        for cut in (self.max_cut, MAX_CUT, 2.0):
             if len(np.unique(self.x[self.x <= self.x[-1] / cut])) >= MIN_SCALES:
                 return cut
         return 1.0
@@ -64,6 +65,19 @@ def make_curve(
     held_y: ArrayLike = (),
 ) -> Curve:
     """Sorted and checked; DataError names what is wrong with it and what to do."""
+    return _checked_shape(unshaped_curve(name, x, y, seeds=seeds, held_x=held_x, held_y=held_y))
+
+
+def unshaped_curve(
+    name: str,
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    seeds: Sequence[str] | None = None,
+    held_x: ArrayLike = (),
+    held_y: ArrayLike = (),
+) -> Curve:
+    """A curve that may also rise, as many models' points together do."""
     xs, ys = _checked(name, "x", x), _checked(name, "loss", y)
     if xs.shape != ys.shape or xs.ndim != 1:
         raise DataError(f"{name}: {xs.shape} scales and {ys.shape} losses; expected two lists of one length")
@@ -78,16 +92,14 @@ def make_curve(
     if scales < MIN_SCALES:
         raise DataError(f"{name}: {scales} different x; a law needs at least {MIN_SCALES}")
     order = np.argsort(held_xs, kind="stable")
-    return _checked_shape(
-        Curve(
-            name=name,
-            x=xs,
-            y=ys,
-            seeds=numbers if len(np.unique(numbers)) > 1 else None,
-            held_x=held_xs[order],
-            held_y=held_ys[order],
-            notes=tuple(notes),
-        )
+    return Curve(
+        name=name,
+        x=xs,
+        y=ys,
+        seeds=numbers if len(np.unique(numbers)) > 1 else None,
+        held_x=held_xs[order],
+        held_y=held_ys[order],
+        notes=tuple(notes),
     )
 
 

@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 
 from pipelines.scaling.curves import Floats
 from pipelines.scaling.forms import Form
-from pipelines.scaling.intervals import CONFIDENCE, Forecast, forecast, structural_variance
+from pipelines.scaling.intervals import CONFIDENCE, STRUCTURAL, Forecast, forecast, structural_variance
 
 SEED = 0
 STEP = 1e-4
@@ -28,6 +28,8 @@ class Fit:
     noise: float
     """Standard deviation of the residuals of log y."""
     x_max: float
+    structural: float = STRUCTURAL
+    """d of the structural part of intervals."""
 
     @property
     def errors(self) -> Floats:
@@ -51,7 +53,7 @@ class Fit:
         )
         of_fit = np.einsum("np,pq,nq->n", slopes, np.nan_to_num(self.covariance), slopes)
         ends = self.form.log_y(self.parameters, np.exp([0.0, -STEP]))
-        shape = structural_variance(float(ends[1] - ends[0]) / STEP, x, self.x_max)
+        shape = structural_variance(float(ends[1] - ends[0]) / STEP, x, self.x_max, self.structural)
         return forecast(np.exp(base), of_fit + shape + self.noise**2, confidence)
 
 

@@ -35,7 +35,7 @@ def forecast(median: Floats, log_variance: Floats, confidence: float = CONFIDENC
     return Forecast(median=median, low=median / width, high=median * width, log_sd=sd)
 
 
-def structural_variance(end_slope: float, x: Floats, x_max: float) -> Floats:
+def structural_variance(end_slope: float, x: Floats, x_max: float, share: float = STRUCTURAL) -> Floats:
     """Of log loss (n,) at x (n,): real curves bend away from every fitted form."""
     beyond = np.maximum(np.log(x / x_max), 0.0)
-    return np.asarray((STRUCTURAL * end_slope * beyond) ** 2)
+    return np.asarray((share * end_slope * beyond) ** 2)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import minimize, nnls
 
 from pipelines.scaling.curves import Floats
-from pipelines.scaling.intervals import CONFIDENCE, Forecast, forecast, structural_variance
+from pipelines.scaling.intervals import CONFIDENCE, STRUCTURAL, Forecast, forecast
 from workers.errors import DataError
 
 DELTA = 1e-3
@@ -32,6 +32,12 @@ POLISHED = 8
 """Best starts that are optimised."""
 REPEATS = (2.0, 10.0)
 """Starts of r."""
+BOUNDS = np.array(
+    [[-np.inf, -np.inf, -np.inf, 0.01, 0.01, np.log(0.05)], [np.inf, np.inf, np.inf, 2.0, 2.0, np.log(500)]]
+)
+"""Of (a, b, e, alpha, beta, log r): loss falls with size and data; few runs send no parameter to infinity."""
+WALL = 1e6
+"""Slope of what it costs to be outside; inside nothing changes."""
 SEED = 0
 
 
@@ -153,7 +159,10 @@ class _Problem:
         losses = np.where(
             np.abs(residuals) <= DELTA, 0.5 * residuals**2, DELTA * (np.abs(residuals) - DELTA / 2)
         )
-        return float(counts @ losses) / DELTA**2, (counts * scaled) @ jacobian / DELTA
+        low, high = BOUNDS[:, : len(p)]
+        outside = p - np.clip(p, low, high)
+        value = float(counts @ losses) / DELTA**2 + WALL * float(outside @ outside)
+        return value, (counts * scaled) @ jacobian / DELTA + 2 * WALL * outside
 
     def starts(self) -> list[Floats]:
         """For exponents and floors of a grid the best A and B, found linearly; best first."""
@@ -179,7 +188,7 @@ class _Problem:
         self, start: Floats, counts: Floats, bend: Floats | None = None
     ) -> tuple[float, Floats, Floats]:
         """The minimum near `start`, where it is, and the inverse Hessian there; `bend`: one to begin with."""
-        options = {"gtol": 1e-4, "maxiter": 500, "hess_inv0": bend}
+        options = {"gtol": 1e-4, "maxiter": 200, "hess_inv0": bend}
         done = minimize(self.objective, start, args=(counts,), jac=True, method="BFGS", options=options)
         return float(done.fun), np.asarray(done.x), np.asarray(done.hess_inv)
 
@@ -204,9 +213,9 @@ class JointFit:
     draws: tuple[JointLaw, ...]
     """Of the bootstrap."""
     noise: float
-    """Standard deviation of log L of single runs, from the median of absolute residuals."""
-    largest: tuple[float, float]
-    """Size and data that were fitted."""
+    """Root mean square of the residuals of log L, outliers included: runs to come have them, too."""
+    end: tuple[float, float]
+    """Size and data of the run that took most compute."""
 
     def errors(self) -> dict[str, float]:
         """Standard errors by name."""
@@ -216,18 +225,22 @@ class JointFit:
     def forecast(
         self, size: Floats, data: Floats, unique: Floats | None = None, confidence: float = CONFIDENCE
     ) -> Forecast:
-        """Of runs (n,): the draws' spread, noise, and the structural part of each direction beyond the
-        largest run.
-        """
+        """Of runs (n,): the draws' spread, noise, and the structural part."""
         median = self.law.predict(size, data, unique)
         spread = np.var([np.log(draw.predict(size, data, unique)) for draw in self.draws], axis=0, ddof=1)
-        n_max, d_max = self.largest
-        law = self.law
-        of_n, of_d = law.A * n_max**-law.alpha, law.B * d_max**-law.beta
-        end = law.E + of_n + of_d
-        spread = spread + structural_variance(law.alpha * of_n / end, size, n_max)
-        spread = spread + structural_variance(law.beta * of_d / end, data, d_max)
+        spread = spread + np.diag(self.structural(size, data))
         return forecast(median, spread + self.noise**2, confidence)
+
+    def structural(self, size: Floats, data: Floats) -> Floats:
+        """Covariance (n, n) of log L at n runs for what the form does not know, beyond the largest compute.
+
+        The slope is that of the frontier: there the reducible loss falls as C^-(alpha beta / (alpha + beta)).
+        """
+        law = self.law
+        exponent = law.alpha * law.beta / (law.alpha + law.beta)
+        reducible = 1 - law.E / law.predict(*(np.array([value]) for value in self.end))[0]
+        beyond = np.maximum(np.log(size * data / (self.end[0] * self.end[1])), 0.0)
+        return np.asarray((STRUCTURAL * exponent * reducible) ** 2 * np.outer(beyond, beyond))
 
 
 def fit_joint(
@@ -254,12 +267,13 @@ def fit_joint(
         draws.append(problem.law(problem.polish(best, counts, bend)[1]))
         if progress is not None:
             progress(number + 1, bootstraps)
-    residuals, _ = problem.residuals(best)
+    law = problem.law(best)
+    last = int(np.argmax(runs.size * runs.data))
     return JointFit(
-        law=problem.law(best),
+        law=law,
         draws=tuple(draws),
-        noise=1.4826 * float(np.median(np.abs(residuals))),
-        largest=(float(runs.size.max()), float(runs.data.max())),
+        noise=law.rmsle,
+        end=(float(runs.size[last]), float(runs.data[last])),
     )
 
 

@@ -10,12 +10,15 @@ import numpy as np
 from rich.console import Group
 from rich.table import Table
 
-from pipelines.scaling.allocate import Allocation, allocate
+from pipelines.scaling.allocate import HORIZON, Allocation, allocate, optimum
 from pipelines.scaling.curves import Floats
 from pipelines.scaling.joint import MIN_RUNS, JointFit, Runs, fit_joint
 from pipelines.scaling.measured import JointPoints
+from pipelines.scaling.next_run import Candidate, grid, next_runs
 
 BACKTEST_BOOTSTRAPS = 100
+SHOWN = 5
+"""Candidates for the next run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class JointReport:
     confidence: float
     bootstraps: int
     allocations: list[Allocation]
+    next: list[Candidate]
+    """The best candidates for the next run; empty if none was asked for."""
     backtest: list[JointScore]
     skipped: list[str]
     """Backtests that the runs do not allow, and why."""
@@ -52,6 +57,7 @@ def report_runs(
     confidence: float,
     extrapolate: bool,
     backtest: bool,
+    next_budget: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> JointReport:
     """`clusters`: whole models are drawn, rather than runs."""
@@ -69,6 +75,16 @@ def report_runs(
         )
         for budget in budgets
     ]
+    ranked: list[Candidate] = []
+    if next_budget is not None:
+        product = max([*budgets, float(compute.max()) * HORIZON]) / points.flops_factor
+        ranked = next_runs(
+            fit,
+            optimum(fit.law, product),
+            grid(points.runs.size, points.runs.data),
+            flops_factor=points.flops_factor,
+            budget=next_budget,
+        )[:SHOWN]
     scores, skipped = _backtest(points, compute, confidence) if backtest else ([], [])
     return JointReport(
         points=points,
@@ -76,6 +92,7 @@ def report_runs(
         confidence=confidence,
         bootstraps=bootstraps,
         allocations=allocations,
+        next=ranked,
         backtest=scores,
         skipped=skipped,
     )
@@ -132,6 +149,7 @@ def joint_json(report: JointReport) -> dict[str, Any]:
         "noise": report.fit.noise,
         "confidence": report.confidence,
         "predictions": [vars(allocation) for allocation in report.allocations],
+        "next_run": [{**vars(one), "gain_per_flop": one.gain_per_flop} for one in report.next],
         "backtest": [{**vars(score), "nominal": report.confidence} for score in report.backtest],
         "notes": [*points.notes, *report.skipped],
     }
@@ -150,6 +168,7 @@ def joint_tables(report: JointReport) -> Group:
     parts: list[Any] = [head, *(f"note: {note}" for note in points.notes), table]
     if report.allocations:
         parts.append(_allocation_table(report))
+    parts += [f"next run: {report.next[0].reason}"] if report.next else []
     if report.backtest:
         parts.append(_score_table(report))
     return Group(*parts, *report.skipped)

@@ -1,10 +1,11 @@
 """From a table to what laws are fitted to: curves in one variable, or runs in size and data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines.scaling.curves import Curve, Floats, make_curve
+from pipelines.scaling.curves import Curve, Floats, make_curve, unshaped_curve
+from pipelines.scaling.frontier import FRONTIER, MAX_FRONTIER_CUT, is_best
 from pipelines.scaling.joint import Runs
 from pipelines.scaling.table import Table
 from workers.errors import ConfigError, DataError
@@ -63,12 +64,23 @@ class JointPoints:
     notes: list[str]
 
 
-def curves_of(table: Table, columns: Columns, exclude_largest: int = 0) -> Curves:
-    """Every curve that can be fitted. DataError if none can."""
+def frontier_of(table: Table, columns: Columns, exclude_largest: int = 0) -> Curves:
+    """The best loss so far as compute grows, over all models: one curve; x is training FLOPs."""
+    flops = columns.x or table.need("flops", columns.flops)
+    found = curves_of(table, replace(columns, x=flops), exclude_largest, pooled=True)
+    curve = found.curves[0]
+    best = is_best(curve.x, curve.y)
+    frontier = make_curve(FRONTIER, curve.x[best], curve.y[best], held_x=curve.held_x, held_y=curve.held_y)
+    note = f"{best.sum()} of {len(best)} runs are better than every cheaper one"
+    return replace(found, curves=[replace(frontier, max_cut=MAX_FRONTIER_CUT)], notes=[*found.notes, note])
+
+
+def curves_of(table: Table, columns: Columns, exclude_largest: int = 0, *, pooled: bool = False) -> Curves:
+    """Every curve that can be fitted, or all rows as one if `pooled`. DataError if none can."""
     x, y = table.need("x", columns.x), table.need("y", columns.y)
-    split, notes = table.find("split", columns.split), []
+    split, notes = table.find("split", columns.split), list(table.notes)
     seed = table.column("--seed", columns.seed) if columns.seed else None
-    names = table.curve_columns(columns.curve, (x, y, split, seed))
+    names = [] if pooled else table.curve_columns(columns.curve, (x, y, split, seed))
     table, lost = _without_unfinished(table)
     notes += lost
     table, lost = _without_missing(table, (x, y))
@@ -83,10 +95,9 @@ def curves_of(table: Table, columns: Columns, exclude_largest: int = 0) -> Curve
         rows, held = kept & (labels == label) & fitted, kept & (labels == label) & ~fitted
         seeds = [str(table.columns[seed][row]) for row in np.flatnonzero(rows)] if seed else None
         try:
+            make = unshaped_curve if pooled else make_curve
             curves.append(
-                make_curve(
-                    str(label), xs[rows], losses[rows], seeds=seeds, held_x=xs[held], held_y=losses[held]
-                )
+                make(str(label), xs[rows], losses[rows], seeds=seeds, held_x=xs[held], held_y=losses[held])
             )
         except DataError as error:
             refused[str(label)] = str(error).removeprefix(f"{label}: ")
@@ -108,7 +119,9 @@ def joint_of(table: Table, columns: Columns, exclude_largest: int = 0) -> JointP
     unique = table.column("--unique", columns.unique) if columns.unique else None
     needed = tuple(name for name in (size, y, data or flops, unique) if name)
     rows = len(table)
-    table, notes = _without_unfinished(table)
+    notes = list(table.notes)
+    table, lost = _without_unfinished(table)
+    notes += lost
     table, lost = _without_missing(table, needed)
     notes += lost
     losses, said = _losses(table, y, columns.accuracy)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,8 @@ class Table:
     source: str
     columns: dict[str, list[object]]
     """By name, of equal lengths; None where a value is missing."""
+    notes: tuple[str, ...] = ()
+    """What was left out."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -122,13 +124,25 @@ class Table:
             return [True] * len(self)
         return [str(value).strip().lower() in FITTED for value in self.columns[column]]
 
+    def without_rows(self, rule: str) -> "Table":
+        """All rows but those of COLUMN=VALUE; ConfigError if there are none of them."""
+        name, found, value = rule.partition("=")
+        if not found:
+            raise ConfigError(f"--exclude {rule}: expected COLUMN=VALUE")
+        column = self.column("--exclude", name)
+        rows = [row for row, text in enumerate(self.columns[column]) if str(text) == value]
+        if not rows:
+            raise ConfigError(f"--exclude {rule}: no row of {self.source} has that value")
+        kept = self.without(rows)
+        return replace(kept, notes=(*self.notes, f"{len(rows)} rows of {rule} are left out"))
+
     def without(self, rows: Sequence[int]) -> "Table":
         gone = set(rows)
         kept = {
             name: [value for row, value in enumerate(values) if row not in gone]
             for name, values in self.columns.items()
         }
-        return Table(self.source, kept)
+        return Table(self.source, kept, self.notes)
 
     def is_accuracy(self, name: str) -> bool:
         """By its name."""
