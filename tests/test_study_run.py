@@ -17,7 +17,7 @@ from orchestrator.tracking import Tracking
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
 STUDY = """\
 name: tiny
@@ -45,14 +45,14 @@ def test_a_study_that_is_killed_goes_on_and_tells_what_failed(
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, start_new_session=True, **quiet)
     runs = open_store(f"{services.runs}/runs")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not any("/commits/" in item.key for item in runs.list("")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.5)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 1, done.stderr
     assert "2 of 4 rungs failed; the same command tries them again" in done.stderr
     assert "tiny-vit-digits-xs-n100-d5120-lr1e30: optim.learning_rate: " in done.stderr
