@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from pipelines.recipes import read_facts, vit_digits
-from tests.distributed import on_ranks, recorded_logs
+from tests.distributed import TIMEOUT_SECONDS, Ranks, recorded_logs
 from workers.config import RunConfig, make_config
 from workers.config_text import override
 from workers.storage import Store, open_store
@@ -54,9 +54,12 @@ def tiny_config(data_url: str, *overrides: str, steps: int = 20) -> RunConfig:
     )
 
 
-def train_on(world_size: int, config: RunConfig, run_url: str) -> list[str]:
-    """Train to the end; the warnings of all ranks."""
-    return [line for lines in on_ranks(world_size, train_rank, config, run_url) for line in lines]
+def train_on(
+    world_size: int, config: RunConfig, run_url: str, patience: float = TIMEOUT_SECONDS
+) -> list[str]:
+    """Train to the end, within so many seconds; the warnings of all ranks."""
+    with Ranks(world_size, train_rank, config, run_url) as ranks:
+        return [line for lines in ranks.results(patience) for line in lines]
 
 
 def train_rank(

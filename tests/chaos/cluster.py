@@ -118,7 +118,7 @@ def kills_of_workers(lab: Lab) -> Iterator[str]:
 def killed_run(lab: Lab, cluster: LocalCluster, config: RunConfig) -> Iterator[str]:
     """Each kill is a trial; the last one says what became of the run."""
     undisturbed = lab.new_url("undisturbed")
-    train_on(2, config, undisturbed)
+    train_on(2, config, undisturbed, PATIENCE)
     log_file = lab.new_folder("log")
     process = cluster.command("train", str(write_config(lab.folder, config)), log=log_file)
     run = run_url(cluster.site.runs, config)

@@ -100,7 +100,7 @@ def drains(lab: Lab) -> Iterator[str]:
 
 def drained(lab: Lab, cluster: LocalCluster, config: RunConfig) -> str:
     fixed = lab.new_url("fixed")
-    train_on(2, config, fixed)
+    train_on(2, config, fixed, PATIENCE)
     said = lab.new_folder("log")
     with Node(cluster, lab.new_folder("node")) as node:
         node.id()

@@ -117,7 +117,7 @@ def outlives(
     lab: Lab, cluster: LocalCluster, config: RunConfig, what: str, kill: Callable[[Life], bool]
 ) -> str:
     undisturbed = lab.new_url("undisturbed")
-    train_on(2, config, undisturbed)
+    train_on(2, config, undisturbed, PATIENCE)
     life = Life(lab, cluster, config)
     if not await_group(life.log, 0, lab.random.randint(1, 3), life.supervisor):
         return f"{what}: the run was over before"
