@@ -18,6 +18,7 @@ from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
 from pipelines.promote_command import promote
+from pipelines.report_command import report
 from pipelines.retire_command import retire, sign
 from pipelines.scale_command import scale
 from pipelines.terminal import console, errors
@@ -177,6 +178,7 @@ app.command(name="import")(registry_commands.import_weights)
 app.command()(registry_commands.export)
 app.command()(gc)
 app.command()(scale)
+app.command()(report)
 app.command()(fit)
 
 

@@ -80,6 +80,18 @@ def test_a_study_that_is_killed_goes_on_and_tells_what_failed(
     again = subprocess.run([*command, "--status"], capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["study"] == told["study"]
+    check_report(command, told["study"], tmp_path / "report")
+
+
+def check_report(command: list[str], study: str, folder: Path) -> None:
+    words = ["report" if word == "scale" else word for word in command]
+    shown = subprocess.run([*words, "--out", str(folder)], capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["study"] == study
+    assert "What the ViTs learned" in (folder / "report.html").read_text()
+    assert {"points.csv", "scaling-vit.svg", "attention-depth.svg"} <= {
+        path.name for path in folder.iterdir()
+    }
 
 
 def check_mlflow(services: Site, study: str, trunk: str) -> None:

@@ -60,6 +60,10 @@ class Series:
     """(low, high) of each y."""
     notes: Sequence[str] = ()
     """Shown while the pointer rests on a point."""
+    band: Sequence[tuple[float, float]] = ()
+    """(low, high) at each x, drawn as an area behind the line."""
+    hollow: bool = False
+    """Markers in outline."""
 
 
 def chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str) -> str:
@@ -68,7 +72,7 @@ def chart(series: Sequence[Series], *, x: Axis, y: Axis, title: str) -> str:
     xs = [value for one in shown for value in one.x]
     if not xs:
         return ""
-    ys = [value for one in shown for value in (*one.y, *chain(*one.intervals))]
+    ys = [value for one in shown for value in (*one.y, *chain(*one.intervals), *chain(*one.band))]
     y_limits = _limits(ys, y)
     y_ticks = _ticks(y_limits, y, room=ROWS, size=lambda _: 1.0)
     left = 10 + CHARACTER * max(len(y.format(tick)) for tick in y_ticks)
@@ -96,7 +100,7 @@ def legend(series: Iterable[Series]) -> str:
         if one.line:
             sample += f'<path class="line {one.line}" d="M0,7H30"/>'
         if one.marker:
-            sample += f'<path class="marker" transform="translate(15,7)" d="{MARKERS[one.marker]}"/>'
+            sample += f'<path class="{_marker(one)}" transform="translate(15,7)" d="{MARKERS[one.marker]}"/>'
         items.append(
             f'<li><svg class="{one.tone}" style="{_shade(one)}" viewBox="0 0 30 14" aria-hidden="true">'
             f"{sample}</svg><span>{escape(one.name)}</span></li>"
@@ -134,12 +138,19 @@ def _visible(series: Series, x: Axis, y: Axis) -> Series:
         y=[series.y[i] for i in kept],
         intervals=[series.intervals[i] for i in kept] if series.intervals else (),
         notes=[series.notes[i] for i in kept] if series.notes else (),
+        band=[series.band[i] for i in kept] if series.band else (),
     )
 
 
 def _drawn(series: Series, to_x: Scale, to_y: Scale) -> str:
     points = [(f"{to_x(px):.1f}", f"{to_y(py):.1f}") for px, py in zip(series.x, series.y, strict=True)]
     body = ""
+    if series.band and len(points) > 1:
+        edges = [
+            [f"{px},{to_y(ends[side]):.1f}" for (px, _), ends in zip(points, series.band, strict=True)]
+            for side in (0, 1)
+        ]
+        body += f'<path class="band" d="M{"L".join(edges[0] + edges[1][::-1])}Z"/>'
     if series.line and len(points) > 1:
         body += f'<path class="line {series.line}" d="M{"L".join(map(",".join, points))}"/>'
     for (px, _), (low, high) in zip(points, series.intervals, strict=False):
@@ -150,7 +161,7 @@ def _drawn(series: Series, to_x: Scale, to_y: Scale) -> str:
             title = f"<title>{escape(note)}</title>" if note else ""
             body += (
                 f'<g transform="translate({px},{py})">{title}<circle class="hit" r="9"/>'
-                f'<path class="marker" d="{MARKERS[series.marker]}"/></g>'
+                f'<path class="{_marker(series)}" d="{MARKERS[series.marker]}"/></g>'
             )
     return f'<g class="{series.tone}" style="{_shade(series)}">{body}</g>'
 
@@ -232,6 +243,10 @@ def _scale(limits: Span, log: bool, start: float, end: float) -> Scale:
     bend: Scale = math.log if log else float
     low, high = bend(limits[0]), bend(limits[1])
     return lambda value: start + (end - start) * (bend(value) - low) / (high - low)
+
+
+def _marker(series: Series) -> str:
+    return "marker hollow" if series.hollow else "marker"
 
 
 def _shade(series: Series) -> str:

@@ -3,9 +3,8 @@
 from base64 import b64encode
 from collections.abc import Mapping
 from html import escape
-from importlib import resources
 
-from pipelines.report.markup import details_table, figure, table
+from pipelines.report.markup import details_table, document, figure, table
 from workers.probes import Probes
 
 FIGURES = {
@@ -64,17 +63,12 @@ def render(name: str, facts: Mapping[str, str], probes: Probes, pictures: Mappin
     pairs = "".join(f"<div>{html}</div>" for key, html in drawn.items() if key not in WIDE)
     wide = "".join(html for key, html in drawn.items() if key in WIDE)
     missing = "".join(f"<p>{text}</p>" for key, text in MISSING.items() if key not in pictures)
-    style = resources.files(__package__).joinpath("page.css").read_text("utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(name)}: what it learned</title>\n<style>\n{style}{STYLE}</style>\n</head>\n"
-        f'<body>\n<main>\n<header><p class="kicker">vitscale inspect</p><h1>What {escape(name)} learned</h1>'
+    body = (
+        f'<header><p class="kicker">vitscale inspect</p><h1>What {escape(name)} learned</h1>'
         f"</header>\n{table(['What', 'Which'], list(facts.items()), text_columns=2)}\n"
         f'<section><div class="pair">{pairs}</div>{missing}{wide}{_numbers(probes)}</section>'
-        "\n</main>\n</body>\n</html>\n"
     )
+    return document(f"{name}: what it learned", body, style=STYLE)
 
 
 def block_rows(probes: Probes) -> list[list[str]]:

@@ -3,11 +3,27 @@ others are text and are escaped here."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
 
 from pipelines.report.journey import Link
 
 Cell = str | Link
 """A Link is shown as `linked` does."""
+
+
+def document(title: str, body_html: str, *, style: str = "") -> str:
+    """A page that needs no network, no script and no other file."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style_sheet()}{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body_html}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def style_sheet() -> str:
+    return resources.files(__package__).joinpath("page.css").read_text("utf-8")
 
 
 def figure(html: str, caption_html: str, *, data: str = "") -> str:

@@ -1,11 +1,10 @@
 """The page itself: headline, stages and data first, the findings in between, the provenance last."""
 
 from html import escape
-from importlib import resources
 
 from pipelines.report.journey import Dataset, Journey, Link, Provenance, Score, Stage
 from pipelines.report.learned import learned_section
-from pipelines.report.markup import counted, interval_text, linked, pixels, share_text, table
+from pipelines.report.markup import counted, document, interval_text, linked, pixels, share_text, table
 from pipelines.report.pictures import example
 from pipelines.report.results import (
     accuracy,
@@ -34,15 +33,7 @@ def render(journey: Journey) -> str:
         study_section(journey.study),
         _provenance(journey.provenance),
     ]
-    style = resources.files(__package__).joinpath("page.css").read_text("utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(journey.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(journey.title, "\n".join(section for section in sections if section))
 
 
 def duration(seconds: float) -> str:

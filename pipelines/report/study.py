@@ -17,7 +17,8 @@ from pipelines.report.markup import (
     share_text,
     table,
 )
-from pipelines.report.study_charts import NAMES, cost_figure, data_figure, interval
+from pipelines.report.study_charts import cost_figure, data_figure, interval
+from pipelines.scaling.analysis import NAMES
 
 
 def study_section(study: Study | None) -> str:

@@ -9,9 +9,9 @@ import numpy as np
 from pipelines.report.charts import MARKERS, Axis, Series, chart, count, legend, percent, scientific
 from pipelines.report.journey import Rung
 from pipelines.report.markup import figure, interval_text, share_text
+from pipelines.scaling.analysis import NAMES
 from pipelines.scaling.laws import PowerLaw, error_rate, fit_power_law, wilson_interval
 
-NAMES = {"vit": "ViT", "resnet": "ResNet"}
 DODGE = 0.012
 """Neighbouring sizes are drawn 1.2 % of the axis apart, or their error bars would hide each other."""
 FRONTIER_SHADE = 0.6

@@ -54,20 +54,24 @@ class BreakEven:
     def sentence(self) -> str:
         """What may be said of it."""
         if self.always > self.confidence:
-            return f"{self.first} is better than {self.second} throughout, from {self.start:.3g} on"
+            return f"{self.first} is better than {self.second} throughout, from {_number(self.start)} on"
         if self.never > self.confidence:
-            return f"{self.first} does not overtake {self.second} up to {self.horizon:.3g}"
-        centre = f"most likely near {self.median:.3g}, " if self.median is not None else ""
-        low, high = _place(self.low, "the start"), _place(self.high, f"never up to {self.horizon:.3g}")
+            return f"{self.first} does not overtake {self.second} up to {_number(self.horizon)}"
+        centre = f"most likely near {_number(self.median)}, " if self.median is not None else ""
+        low, high = _place(self.low, "the start"), _place(self.high, f"never up to {_number(self.horizon)}")
         return (
             f"{self.first} overtakes {self.second} {centre}between {low} and {high} ({self.confidence:.0%}); "
-            f"no crossing up to {self.horizon:.3g}: {self.never:.0%}; "
-            f"not before {self.not_before:.3g} ({self.confidence:.0%}, one-sided)"
+            f"no crossing up to {_number(self.horizon)}: {self.never:.0%}; "
+            f"not before {_number(self.not_before)} ({self.confidence:.0%}, one-sided)"
         )
 
 
 def _place(x: float | None, otherwise: str) -> str:
-    return otherwise if x is None else f"{x:.3g}"
+    return otherwise if x is None else _number(x)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if 100 <= x < 1e6 else f"{x:.3g}"
 
 
 def break_even(

@@ -1,0 +1,128 @@
+"""The command `vitscale report`."""
+
+import csv
+import os
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.terminal import AsJson, DataRoot, SiteFile, bar, console, errors, open_site
+from workers.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from orchestrator.site import Site
+    from pipelines.report.study_page import Facts
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def report(
+    study: Annotated[str, typer.Argument(help="YAML file of a study, `small`, or its name in the store.")],
+    data: DataRoot = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for page, figures and points. Default: the study's name.")
+    ] = None,
+    learned: Annotated[
+        bool,
+        typer.Option(
+            "--learned/--no-learned", help="Look at what its ViTs learned; loads a checkpoint of each."
+        ),
+    ] = True,
+    site: SiteFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """One page of what a study found: laws with bands, ViT against CNN, backtests, cost, and what to do next.
+
+    Beside it `points.csv` and each figure as SVG; all of it also at the study's run in MLflow.
+
+    Example: vitscale report infra/studies/digits.yaml
+    """
+    where = open_site(site)
+    import json
+
+    from pipelines.report.study_page import render_study
+    from pipelines.report.study_record import read_study_record
+    from pipelines.scaling.analysis import analyse
+
+    name = _name(where, study, data)
+    with bar(f"report {name}") as progress:
+        record = read_study_record(where.runs, name, learned=learned, progress=progress)
+    analysis = analyse(record.points)
+    folder = out or Path(name)
+    written = render_study(record, analysis, _facts(where, record.points, name, study, data))
+    _write(folder, written.html, written.figures, record.points)
+    _attach(where, name, folder)
+    if as_json:
+        rows = {"study": name, "report": str(folder / "report.html"), "next": analysis.recommendation}
+        typer.echo(json.dumps(rows))
+        return
+    console.print(analysis.recommendation, markup=False)
+    console.print(f"{folder / 'report.html'}", markup=False)
+
+
+def _name(site: "Site", study: str, data: str | None) -> str:
+    if Path(study).suffix in (".yaml", ".yml") or study == "small":
+        from pipelines.scaling.preview import preview
+        from pipelines.scaling.study import read_study
+
+        root = site.data_url(data) if data else None
+        return preview(read_study(study, root, (), site.data_url)).run
+    if not NAME.fullmatch(study):
+        raise ConfigError(f"{study}: expected the YAML file of a study, or its name in the store")
+    return study
+
+
+def _facts(
+    site: "Site", points: Sequence[Mapping[str, Any]], name: str, study: str, data: str | None
+) -> "Facts":
+    from orchestrator.tracking import Tracking
+    from pipelines.pretrain import EXPERIMENT
+    from pipelines.report.study_page import Facts
+
+    url, pages = None, {}
+    try:
+        tracking = Tracking(site.mlflow, EXPERIMENT)
+        ids = {run: tracking.find_run(run) for run in {name, *(str(row["run"]) for row in points)}}
+        pages = {run: tracking.run_page(run_id) for run, run_id in ids.items() if run_id is not None}
+        url = pages.get(name)
+    except DataError as error:
+        errors.print(f"without links to MLflow: {error}", markup=False)
+    words = ["vitscale", "scale", study, *(["--data", data] if data else [])]
+    return Facts(
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        command=f"{shlex.join(words)}\n{shlex.join(['vitscale', 'report', *words[2:]])}",
+        url=url,
+        pages=pages,
+    )
+
+
+def _write(folder: Path, html: str, figures: Mapping[str, str], points: Sequence[Mapping[str, Any]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(html, encoding="utf-8")
+    for name, svg in figures.items():
+        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    with (folder / "points.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(points[0]))
+        writer.writeheader()
+        writer.writerows(points)
+
+
+def _attach(site: "Site", name: str, folder: Path) -> None:
+    """To the study's run in MLflow, where there is one."""
+    from orchestrator.tracking import Tracking
+    from pipelines.pretrain import EXPERIMENT
+
+    try:
+        tracking = Tracking(site.mlflow, EXPERIMENT)
+        run_id = tracking.find_run(name)
+        if run_id is not None:
+            tracking.log_file(run_id, folder / "report.html")
+    except DataError as error:
+        errors.print(f"not in MLflow: {error}", markup=False)
