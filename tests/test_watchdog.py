@@ -107,12 +107,17 @@ STOOD = r"\(pid \d+ on [^)]+\) stood still for \d+ s in"
 @pytest.mark.parametrize(
     ("act", "where", "told"),
     [
-        (hold_the_interpreter, "step", f"rank 0 {STOOD} 'step' at step 7; rank 1 {STOOD} 'step' at step 7"),
-        (search_forever, "step", f"rank 0 {STOOD} 'step' at step 7; rank 1 {STOOD} 'step' at step 7"),
+        (
+            hold_the_interpreter,
+            "step",
+            f"(rank 0 {STOOD} 'step' at step 7; )?rank 1 {STOOD} 'step' at step 7",
+        ),
+        (search_forever, "step", f"(rank 0 {STOOD} 'step' at step 7; )?rank 1 {STOOD} 'step' at step 7"),
         (stand_still, "data", f"rank 1 {STOOD} 'data' at step 7"),
     ],
 )
 def test_a_hang_is_found_told_and_ended(digits_url, store_url, act, where, told):
+    """Rank 1 hangs; rank 0 waits for it, from a little later on."""
     with Ranks(2, train_and_hang, act, where, hanging_config(digits_url), store_url) as ranks:
         text, stacks = told_after_death(ranks, store_url)
     assert re.fullmatch(told, text), text
