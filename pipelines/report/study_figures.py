@@ -7,7 +7,16 @@ import numpy as np
 
 from pipelines.report.charts import MARKERS, Axis, Series, chart, count, legend, percent, scientific
 from pipelines.report.markup import interval_text, share_text
-from pipelines.scaling.analysis import NAMES, Analysis, ModelCurve, Row, best_rows, frontier, rate
+from pipelines.scaling.analysis import (
+    NAMES,
+    Analysis,
+    ModelCurve,
+    Row,
+    best_rows,
+    forecast_run,
+    frontier,
+    rate,
+)
 from pipelines.scaling.curves import Floats
 from pipelines.scaling.laws import wilson_interval
 
@@ -42,13 +51,17 @@ def scaling_figures(analysis: Analysis) -> list[Figure]:
     for family, name in NAMES.items():
         models = [model for model in analysis.models if model.family == family]
         if models:
-            series = [one for place, model in enumerate(models) for one in _model_series(models, place, y)]
+            series = [
+                one
+                for place, model in enumerate(models)
+                for one in _model_series(models, place, y, analysis.confidence)
+            ]
             title = f"{name}: error over distinct training images"
             found.append(_figure(f"scaling-{family}", name, series, IMAGES, y, title))
     return found
 
 
-def _model_series(models: Sequence[ModelCurve], place: int, y: Axis) -> list[Series]:
+def _model_series(models: Sequence[ModelCurve], place: int, y: Axis, confidence: float) -> list[Series]:
     model = models[place]
     shade, marker = place / max(1, len(models) - 1), list(MARKERS)[place % len(MARKERS)]
     measured = Series(
@@ -65,7 +78,7 @@ def _model_series(models: Sequence[ModelCurve], place: int, y: Axis) -> list[Ser
         return [measured]
     ends = model.curve.x[0], model.curve.x[-1] * max(1.0, min(2.0, model.curve.horizon))
     x = np.geomspace(*ends, GRID)
-    forecast = model.law.forecast(x)
+    forecast = forecast_run(model.law, x, model.rows[0]["total"], confidence)
     band = _clipped(forecast.low, forecast.high, y)
     law = Series(
         name="", x=x.tolist(), y=forecast.median.tolist(), tone=model.family, shade=shade, line="solid",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from pipelines.report.charts import count, scientific
+from pipelines.report.charts import HEIGHT, WIDTH, count, scientific
 from pipelines.report.journey import Link
 from pipelines.report.markup import (
     Cell,
@@ -33,8 +33,6 @@ from pipelines.report.study_record import StudyRecord
 from pipelines.scaling.analysis import NAMES, Analysis, FamilyLaw, Row
 from pipelines.scaling.breakeven import BreakEven
 from pipelines.scaling.laws import wilson_interval
-
-SVG = '<svg class="chart"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +79,12 @@ def render_study(record: StudyRecord, analysis: Analysis, facts: Facts) -> Study
 
 def standalone(svg: str) -> str:
     """A chart with the page's style in it."""
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart"><style>{style_sheet()}</style>'
     head, rest = svg.split(">", 1)
-    return start.replace(SVG, head, 1) + rest
+    named = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    size = f"svg.chart {{ width: {2 * WIDTH}px; height: {2 * HEIGHT}px; background: var(--paper) }}"
+    # A wide typeface's labels reach a little beyond the page's box, where nothing cuts them.
+    named = named.replace(f'"0 0 {WIDTH} {HEIGHT}"', f'"-12 0 {WIDTH + 24} {HEIGHT}"', 1)
+    return f"{named}><style>{style_sheet()}{size}</style>{rest}"
 
 
 def _section(name: str, title: str, html: str) -> str:

@@ -16,7 +16,7 @@ from pipelines.scaling.curve_report import report_curves
 from pipelines.scaling.curves import MIN_SCALES, Curve, Floats, make_curve
 from pipelines.scaling.ensemble import Ensemble, fit_ensemble
 from pipelines.scaling.frontier import is_best
-from pipelines.scaling.intervals import CONFIDENCE, Forecast
+from pipelines.scaling.intervals import CONFIDENCE, Forecast, forecast
 from pipelines.scaling.joint import JointFit, Runs
 from pipelines.scaling.joint_report import JointReport, report_runs
 from pipelines.scaling.laws import error_rate
@@ -147,7 +147,7 @@ def _model(rows: Sequence[Row], confidence: float) -> ModelCurve:
     try:
         curve = _curve(f"{NAMES[rows[0]['family']]} {rows[0]['size']}", kept, "unique_images")
         law = fit_ensemble(curve.x, curve.y, curve.seeds)
-        held = _held(curve, confidence)
+        held = _held(curve, kept[0]["total"], confidence)
     except DataError as error:
         refused = str(error)
     return ModelCurve(
@@ -167,7 +167,15 @@ def _curve(name: str, rows: Sequence[Row], x: str) -> Curve:
     return make_curve(name, [row[x] for row in rows], [rate(row) for row in rows], seeds=seeds)
 
 
-def _held(curve: Curve, confidence: float) -> tuple[float, Forecast] | None:
+def forecast_run(law: Ensemble, x: Floats, images: int, confidence: float) -> Forecast:
+    """Of the error that one more run shows on so many validation images, (n,) at x (n,): few points may lie
+    closer to their law than chance among the images allows to expect."""
+    median = law.predict(x)
+    chance = np.maximum(1 - median, 0.0) / (median * images)
+    return forecast(median, law.curve_variance(x) + np.maximum(law.noise**2, chance), confidence)
+
+
+def _held(curve: Curve, images: int, confidence: float) -> tuple[float, Forecast] | None:
     """Where a scale can be spared."""
     largest = float(curve.x[-1])
     early = curve.x < largest
@@ -175,7 +183,7 @@ def _held(curve: Curve, confidence: float) -> tuple[float, Forecast] | None:
         return None
     seeds = None if curve.seeds is None else curve.seeds[early]
     law = fit_ensemble(curve.x[early], curve.y[early], seeds)
-    return largest, law.forecast(np.array([largest]), confidence)
+    return largest, forecast_run(law, np.array([largest]), images, confidence)
 
 
 def _family(family: str, rows: Sequence[Row], seen: bool, confidence: float) -> FamilyLaw:

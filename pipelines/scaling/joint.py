@@ -107,8 +107,7 @@ def check_runs(runs: Runs) -> None:
         if count < 3:
             raise DataError(
                 f"{name}: {count} different value{'s' * (count > 1)} in {len(runs)} runs; the law's "
-                "dependence on it "
-                f"needs at least 3 (for a curve in one variable leave --law away)"
+                "dependence on it needs at least 3"
             )
 
 
