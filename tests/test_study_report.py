@@ -33,6 +33,7 @@ def row(family: str, size: str, images: int, seen: int, error: float, **changes:
     values = dict.fromkeys(SCHEMA.names) | {
         "study": "toy",
         "rung": f"{family}-{size}-{images}-{seen}",
+        "group": f"{family}-{size}-{images}-{seen}",
         "run": f"run-{family}-{size}-{images}",
         "family": family,
         "size": size,

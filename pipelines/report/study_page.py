@@ -30,7 +30,7 @@ from pipelines.report.study_figures import (
 )
 from pipelines.report.study_learned import learned_figures, position_tiles
 from pipelines.report.study_record import StudyRecord
-from pipelines.scaling.analysis import NAMES, Analysis, FamilyLaw, Row
+from pipelines.scaling.analysis import NAMES, Analysis, FamilyLaw, Row, finished
 from pipelines.scaling.breakeven import BreakEven
 from pipelines.scaling.laws import wilson_interval
 
@@ -56,7 +56,7 @@ class StudyReport:
 
 
 def render_study(record: StudyRecord, analysis: Analysis, facts: Facts) -> StudyReport:
-    ends = [row for row in record.points if row["end"] and row["selected"]]
+    ends = finished(record.points)
     scaling, frontier, by_data = scaling_figures(analysis), frontier_figure(ends), break_even_figure(ends)
     learning, learned = learning_figures(record.points), learned_figures(record.learned)
     sections = [

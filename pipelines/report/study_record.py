@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.report.collect import PROBE_IMAGES
+from pipelines.scaling.analysis import Row, finished
 from pipelines.scaling.points import SCHEMA, Point
 from pipelines.scaling.record import study_url
 from workers.data.index import DatasetIndex
@@ -26,7 +27,7 @@ from workers.training.restore import load_model
 class Learned:
     """What the ViT of a rung had learned at its end."""
 
-    row: Point
+    row: Row
     probes: Probes
 
 
@@ -61,7 +62,7 @@ def read_study_record(
 
 
 def _learned(runs: str, points: Sequence[Point], progress: Callable[[int, int], None]) -> Iterator[Learned]:
-    ends = [row for row in points if row["end"] and row["selected"] and row["family"] == "vit"]
+    ends = [row for row in finished(points) if row["family"] == "vit"]
     for number, row in enumerate(ends):
         progress(number, len(ends))
         url = join_url(runs, "runs", row["run"])

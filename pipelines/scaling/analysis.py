@@ -95,7 +95,7 @@ class Analysis:
 
 def analyse(points: Sequence[Row], confidence: float = CONFIDENCE) -> Analysis:
     """`points`: rows of a study's table. DataError if no rung has come to its end."""
-    rows = [row for row in points if row["end"] and row["selected"]]
+    rows = finished(points)
     if not rows:
         raise DataError("no rung of the study has come to its end; `vitscale scale` goes on with it")
     models = _models(rows, confidence)
@@ -121,6 +121,15 @@ def analyse(points: Sequence[Row], confidence: float = CONFIDENCE) -> Analysis:
         tasks=tasks,
         recommendation=_recommend(families, seen, confidence),
     )
+
+
+def finished(points: Sequence[Row]) -> list[Row]:
+    """Ends of schedules; of a sweep the rate of the smallest loss among those that came to their end."""
+    best: dict[str, Row] = {}
+    for row in points:
+        if row["end"] and (row["group"] not in best or row["loss"] < best[row["group"]]["loss"]):
+            best[row["group"]] = row
+    return list(best.values())
 
 
 def rate(row: Row) -> float:
