@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,9 +24,6 @@ from pipelines.scale_command import scale
 from pipelines.terminal import console, errors
 from pipelines.watch_command import watch
 from workers.errors import ConfigError, VitscaleError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="vitscale",

@@ -1,6 +1,7 @@
 """The command `vitscale report`."""
 
 import csv
+import json
 import os
 import platform
 import re
@@ -39,13 +40,13 @@ def report(
 ) -> None:
     """One page of what a study found: laws with bands, ViT against CNN, backtests, cost, and what to do next.
 
-    Beside it `points.csv` and each figure as SVG; all of it also at the study's run in MLflow.
+    Beside it `points.csv` and each figure as SVG; the page also at the study's run in MLflow.
 
     Example: vitscale report infra/studies/digits.yaml
     """
     where = open_site(site)
-    import json
-
+    from orchestrator.tracking import Tracking
+    from pipelines.pretrain import EXPERIMENT
     from pipelines.report.study_page import render_study
     from pipelines.report.study_record import read_study_record
     from pipelines.scaling.analysis import analyse
@@ -55,9 +56,17 @@ def report(
         record = read_study_record(where.runs, name, learned=learned, progress=progress)
     analysis = analyse(record.points)
     folder = out or Path(name)
-    written = render_study(record, analysis, _facts(where, record.points, name, study, data))
+    tracking, ids = None, {}
+    try:
+        tracking = Tracking(where.mlflow, EXPERIMENT)
+        ids = {run: tracking.find_run(run) for run in {name, *(row["run"] for row in record.points)}}
+    except DataError as error:
+        errors.print(f"without MLflow: {error}", markup=False)
+    pages = {run: tracking.run_page(run_id) for run, run_id in ids.items() if tracking and run_id}
+    written = render_study(record, analysis, _facts(pages, name, study, data))
     _write(folder, written.html, written.figures, record.points)
-    _attach(where, name, folder)
+    if tracking and (run_id := ids.get(name)):
+        tracking.log_file(run_id, folder / "report.html")
     if as_json:
         rows = {"study": name, "report": str(folder / "report.html"), "next": analysis.recommendation}
         typer.echo(json.dumps(rows))
@@ -78,27 +87,15 @@ def _name(site: "Site", study: str, data: str | None) -> str:
     return study
 
 
-def _facts(
-    site: "Site", points: Sequence[Mapping[str, Any]], name: str, study: str, data: str | None
-) -> "Facts":
-    from orchestrator.tracking import Tracking
-    from pipelines.pretrain import EXPERIMENT
+def _facts(pages: Mapping[str, str], name: str, study: str, data: str | None) -> "Facts":
     from pipelines.report.study_page import Facts
 
-    url, pages = None, {}
-    try:
-        tracking = Tracking(site.mlflow, EXPERIMENT)
-        ids = {run: tracking.find_run(run) for run in {name, *(str(row["run"]) for row in points)}}
-        pages = {run: tracking.run_page(run_id) for run, run_id in ids.items() if run_id is not None}
-        url = pages.get(name)
-    except DataError as error:
-        errors.print(f"without links to MLflow: {error}", markup=False)
     words = ["vitscale", "scale", study, *(["--data", data] if data else [])]
     return Facts(
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         command=f"{shlex.join(words)}\n{shlex.join(['vitscale', 'report', *words[2:]])}",
-        url=url,
+        url=pages.get(name),
         pages=pages,
     )
 
@@ -112,17 +109,3 @@ def _write(folder: Path, html: str, figures: Mapping[str, str], points: Sequence
         writer = csv.DictWriter(file, list(points[0]))
         writer.writeheader()
         writer.writerows(points)
-
-
-def _attach(site: "Site", name: str, folder: Path) -> None:
-    """To the study's run in MLflow, where there is one."""
-    from orchestrator.tracking import Tracking
-    from pipelines.pretrain import EXPERIMENT
-
-    try:
-        tracking = Tracking(site.mlflow, EXPERIMENT)
-        run_id = tracking.find_run(name)
-        if run_id is not None:
-            tracking.log_file(run_id, folder / "report.html")
-    except DataError as error:
-        errors.print(f"not in MLflow: {error}", markup=False)

@@ -63,21 +63,12 @@ def make_curve(
     seeds: Sequence[str] | None = None,
     held_x: ArrayLike = (),
     held_y: ArrayLike = (),
+    falls: bool = True,
 ) -> Curve:
-    """Sorted and checked; DataError names what is wrong with it and what to do."""
-    return _checked_shape(unshaped_curve(name, x, y, seeds=seeds, held_x=held_x, held_y=held_y))
+    """Sorted and checked; DataError names what is wrong with it and what to do.
 
-
-def unshaped_curve(
-    name: str,
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    seeds: Sequence[str] | None = None,
-    held_x: ArrayLike = (),
-    held_y: ArrayLike = (),
-) -> Curve:
-    """A curve that may also rise, as many models' points together do."""
+    `falls`: refused if it rises where it counts; many models' points together may.
+    """
     xs, ys = _checked(name, "x", x), _checked(name, "loss", y)
     if xs.shape != ys.shape or xs.ndim != 1:
         raise DataError(f"{name}: {xs.shape} scales and {ys.shape} losses; expected two lists of one length")
@@ -92,7 +83,7 @@ def unshaped_curve(
     if scales < MIN_SCALES:
         raise DataError(f"{name}: {scales} different x; a law needs at least {MIN_SCALES}")
     order = np.argsort(held_xs, kind="stable")
-    return Curve(
+    curve = Curve(
         name=name,
         x=xs,
         y=ys,
@@ -101,6 +92,7 @@ def unshaped_curve(
         held_y=held_ys[order],
         notes=tuple(notes),
     )
+    return _checked_shape(curve) if falls else curve
 
 
 def _checked(name: str, what: str, values: ArrayLike) -> Floats:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines.scaling.curves import Curve, Floats, make_curve, unshaped_curve
+from pipelines.scaling.curves import Curve, Floats, make_curve
 from pipelines.scaling.frontier import FRONTIER, MAX_FRONTIER_CUT, is_best
 from pipelines.scaling.joint import Runs
 from pipelines.scaling.table import Table
@@ -95,10 +95,16 @@ def curves_of(table: Table, columns: Columns, exclude_largest: int = 0, *, poole
         rows, held = kept & (labels == label) & fitted, kept & (labels == label) & ~fitted
         seeds = [str(table.columns[seed][row]) for row in np.flatnonzero(rows)] if seed else None
         try:
-            make = unshaped_curve if pooled else make_curve
-            curves.append(
-                make(str(label), xs[rows], losses[rows], seeds=seeds, held_x=xs[held], held_y=losses[held])
+            curve = make_curve(
+                str(label),
+                xs[rows],
+                losses[rows],
+                seeds=seeds,
+                held_x=xs[held],
+                held_y=losses[held],
+                falls=not pooled,
             )
+            curves.append(curve)
         except DataError as error:
             refused[str(label)] = str(error).removeprefix(f"{label}: ")
     if not curves:
