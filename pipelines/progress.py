@@ -92,10 +92,13 @@ class JobProgress:
     def _text(self) -> str:
         if not self._values:
             return "waiting for workers"
+        rate = self._values.get("images_per_second", 0.0)
         shown = (
             ("loss", "loss {:.3f}"),
             ("val_accuracy", "val {:.1%}"),
-            ("images_per_second", "{:,.0f} images/s"),
+            ("images_per_second", "{:,.0f} images/s" if rate >= 10 else "{:.2g} images/s"),
             ("bad_samples", "{:.0f} bad samples"),
         )
-        return "  ".join(form.format(self._values[name]) for name, form in shown if name in self._values)
+        parts = [form.format(self._values[name]) for name, form in shown if name in self._values]
+        last = ["last evaluation and commit"] if sum(self._seen.values()) >= self._total else []
+        return "  ".join(parts + last)
