@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from orchestrator.exposure import refuse_exposed
 from orchestrator.site import Site
 from workers.errors import DataError, root_cause
 
@@ -41,7 +42,10 @@ class RayJobs:
             return {job.submission_id: job for job in self._client.list_jobs() if job.submission_id}
 
     def submit(self, module: str, arguments: Sequence[str], job: str, metadata: Mapping[str, str]) -> None:
-        """Start `module` on the cluster, unless a job of that name is there already."""
+        """Start `module` on the cluster, unless a job of that name is there already.
+
+        ConfigError where others could do so, too."""
+        refuse_exposed(self._site)
         # `python` and not this process's own: the cluster's nodes have theirs elsewhere.
         entrypoint = ["python", "-P", "-m", module, *arguments]
         with self.errors():

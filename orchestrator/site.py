@@ -29,9 +29,11 @@ from workers.storage import join_url
 DEFAULT_SITE = Path(".vitscale/site.yaml")
 FILES = (
     *("aws_config_file", "aws_credentials_file", "ray_token_file"),
-    *("promotion_key_file", "promotion_public_key_file"),
+    *("promotion_key_file", "promotion_public_key_file", "ca_file"),
 )
 """Fields that name one."""
+CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "SSL_CERT_FILE")
+"""Of the clients of Ray and MLflow, of boto3, and of Python's own."""
 HEADER = """\
 # Where the services of this project are. `vitscale up` writes this file; for a cluster, write it by hand.
 # No secret belongs in it: credentials are in the files that it names, or in your own AWS configuration.
@@ -91,6 +93,10 @@ class Site(BaseModel):
     """Ed25519 private key with which this user signs promotions; only who promotes has one."""
     promotion_public_key_file: FilePath | None = None
     """Public keys of all who promote, in PEM; with it every reader refuses what none of them signed."""
+    ca_file: FilePath | None = None
+    """Certificates, in PEM, that vouch for these services instead of the usual authorities."""
+    insecure: bool = False
+    """Submit even to a Ray that asks for no token, or beyond the loopback without TLS."""
     autoscaling: bool = False
     """Ray adds nodes on demand: a job that is too large for those there are waits for more."""
 
@@ -155,6 +161,8 @@ class Site(BaseModel):
         are set empty: keys for AWS that lie in a user's shell do not reach the local object store.
         """
         environment = self.settings()
+        if self.ca_file is not None:
+            environment |= dict.fromkeys(CA_VARIABLES, str(self.ca_file))
         if self.aws_config_file is not None:
             environment["AWS_CONFIG_FILE"] = str(self.aws_config_file)
         if self.aws_credentials_file is not None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pipelines import data_commands, registry_commands, run_commands, selftest_commands, training_commands
+from pipelines.doctor_command import doctor
 from pipelines.evaluate_command import evaluate
 from pipelines.finetune_command import finetune
 from pipelines.fit_command import fit
@@ -148,6 +149,7 @@ def down(directory: Directory = Path(".vitscale")) -> None:
     services.down(directory.resolve(), console.print)
 
 
+app.command()(doctor)
 app.command()(data_commands.ingest)
 app.command()(data_commands.index)
 app.command()(data_commands.verify)

@@ -24,7 +24,7 @@ from workers.models.vit import AVX512
 BATCHES = {64: 32, 96: 32, 128: 32, 160: 16, 224: 8}
 """Images per step by pixels per side: some 70 to 280 GFLOP."""
 SLOW_HALF_SHARE = 16
-"""Without AVX-512, products in bfloat16 take ten times as long as in float32: batches are this much smaller."""
+"""Without AVX-512, products in bfloat16 take ten times as long as in float32: batches are so much smaller."""
 PEER_LIMIT, MEAN_LIMIT, HALF_LIMIT = 1.03, 1.0, 0.75
 """Targets for ours / peer: each cell, the geometric mean, bfloat16 / timm's."""
 TIMEOUT = 900.0
