@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipelines.scaling.hardware import Hardware, Speed, model_label
 from pipelines.scaling.rungs import Rung
-from workers.models.memory import training_bytes
+from workers.models.memory import training_memory
 
 FORWARD_SHARE = 3
 """A training step costs three forward passes; an evaluation one."""
@@ -52,7 +52,7 @@ def rung_cost(rung: Rung, hardware: Hardware, num_validation: int, measured: Map
         flops_per_image=flops,
         point_flops=FORWARD_SHARE * flops * rung.images_seen,
         flops=FORWARD_SHARE * flops * rung.images_trained,
-        memory_bytes=training_bytes(config, workers),
+        memory_bytes=training_memory(config, workers).peak,
         speed=speed,
         seconds=seconds,
         price=price,

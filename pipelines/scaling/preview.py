@@ -20,10 +20,7 @@ from workers.errors import ConfigError
 NO_SPEED = (
     "unknown: say hardware.images_per_second, or hardware.mfu and hardware.peak_tflops, or ask for --measure"
 )
-MEMORY = (
-    "weights, gradients, moments and what the forward pass keeps, in closed form; without the framework's "
-    "own and fragments"
-)
+MEMORY = "all tensors of a step at its peak, in closed form; without the framework's own and fragments"
 
 
 @dataclass(frozen=True)

@@ -1,60 +1,179 @@
 """What training keeps in a device's memory, in closed form and without torch: an estimate to plan with.
 
-Counted: weights, gradients, moments, the average of weights, and what the forward pass leaves for the
-backward pass. Not counted: the framework itself, workspaces, fragments, and images that wait. On a GPU
-`microbatch_size: auto` measures what really fits.
+Weights, gradients, moments and the average of weights are exact. Not counted: the framework itself,
+workspaces of kernels, fragments. On a GPU `microbatch_size: auto` measures what really fits.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+
 from workers.config import RunConfig
-from workers.models.resnet_sizes import all_convolutions, resnet_size
+from workers.models.activations import FLOAT, activations, element_bytes
+from workers.models.layers import is_frozen
+from workers.models.shapes import Shapes, parameter_shapes
 
-FLOAT = 4
-"""Bytes of a weight, a gradient and a moment, whatever the precision of what is computed."""
-
-
-def training_bytes(config: RunConfig, workers: int) -> int:
-    """Of each of so many workers."""
-    sharing = min(workers, config.compute.shard_workers or workers)
-    return -(-_state_bytes(config) // sharing) + _activation_bytes(config, workers)
+ROW_BYTES = 20
+"""Of a batch, beside each image: label, weight and slot."""
+MOMENTS = {"adamw": 2, "lamb": 2, "muon": 2, "sgd": 1}
+"""muon: of what it leaves to AdamW; of matrices it has one."""
 
 
-def _state_bytes(config: RunConfig) -> int:
-    moments = 1 if config.optim.optimizer in ("sgd", "muon") else 2
-    copies = 2 + moments + bool(config.optim.ema_images)
-    return copies * FLOAT * config.model.parameters
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of the rank that holds most, by kind. Not all are there at once: `peak` is the most that is."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    """Of a microbatch, with their gradients and what is computed again, at their widest."""
+    batches: int
+    unsharded: int
+    """What FSDP gathers and has not reduced yet; or copies of the weights in bfloat16."""
+    peak: int
 
 
-def _activation_bytes(config: RunConfig, workers: int) -> int:
-    asked = config.compute.microbatch_size
-    share = -(-config.train.global_batch_size // workers)
-    # `auto` takes as many as fit, so one says the least that a device must hold.
-    images = 1 if asked == "auto" else min(share, asked or share)
-    width = FLOAT if config.train.precision == "float32" else FLOAT // 2
-    values = _resnet_values(config) if config.model.family == "resnet" else _vit_values(config)
-    return images * values * width
+def training_memory(config: RunConfig, workers: int, *, cuda: bool | None = None) -> TrainingMemory:
+    """Of each of so many workers. `cuda`: None says it by compute.gpus_per_worker."""
+    return _Step(config, workers, config.compute.gpus_per_worker > 0 if cuda is None else cuda).memory()
 
 
-def _vit_values(config: RunConfig) -> int:
-    """Numbers per image that are kept for the backward pass.
-
-    A block keeps of each token the inputs and outputs of two norms, queries, keys, values, what attention
-    mixed, and the MLP's hidden layer before and after its activation: 8 width + 2 mlp_dim, the terms of
-    Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) without those of dropout, and without the
-    attention matrix, which fused kernels do not keep. With recomputation, a block's input remains of it
-    (full), or that and what matrix products made (selective).
-    """
-    spec = config.model.spec
-    width, mlp_dim = spec.size.width, spec.size.mlp_dim
-    tokens = spec.num_prefix + spec.grid[0] * spec.grid[1]
-    whole = 8 * width + 2 * mlp_dim
-    kept = {"none": whole, "selective": 6 * width + mlp_dim, "full": width}
-    each = kept[config.compute.activation_checkpointing]
-    # One block at a time is whole again in the backward pass.
-    return tokens * (spec.size.depth * each + (whole - each) + 2 * width)
+def rank_images(config: RunConfig, workers: int) -> int:
+    """Of a global batch: the most that one rank has."""
+    lanes = config.data.lanes
+    return config.train.global_batch_size // lanes * ceil(lanes / workers)
 
 
-def _resnet_values(config: RunConfig) -> int:
-    """Of each convolution its output and that of the norm after it."""
-    height, width = config.model.image_shape
-    rows = all_convolutions(resnet_size(config.model.size), config.model.channels)
-    return sum(2 * row.outputs * -(-height // row.stride) * -(-width // row.stride) for row in rows)
+def microbatch(config: RunConfig, workers: int) -> int:
+    """Images per forward; of `auto`, which takes as many as fit, one: the least that a device must hold."""
+    asked, share = config.compute.microbatch_size, rank_images(config, workers)
+    return 1 if asked == "auto" else min(share, asked or share)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Of all objects of a checkpoint: weights, moments and average, whole."""
+    shapes = parameter_shapes(config.model)
+    copies = 2 if config.optim.ema_images else 1
+    weights = sum(prod(shape) for group in shapes for shape in group.values())
+    return FLOAT * (copies * weights + sum(_moments(config, shapes, 1)))
+
+
+class _Step:
+    """Of one rank."""
+
+    def __init__(self, config: RunConfig, workers: int, cuda: bool) -> None:
+        self.config, self.cuda = config, cuda
+        self.sharing = min(workers, config.compute.shard_workers or workers)
+        self.shapes = parameter_shapes(config.model)
+        self.trained = _trained(config, self.shapes)
+        self.images = rank_images(config, workers)
+        self.microbatch = microbatch(config, workers)
+        self.each = element_bytes(config)
+        plain = config.train.precision == "float32"
+        recomputes = config.compute.activation_checkpointing != "none"
+        # As `workers/training/parallel.py` decides.
+        self.fsdp = not (workers == 1 and (plain or (not cuda and not recomputes)))
+        self.units = activations(config, cuda=cuda)
+
+    def memory(self) -> TrainingMemory:
+        parameters = FLOAT * sum(_rows(self.shapes, self.sharing))
+        gradients = FLOAT * sum(_rows(self.trained, self.sharing))
+        optimizer = FLOAT * sum(_moments(self.config, self.shapes, self.sharing))
+        average = parameters if self.config.optim.ema_images else 0
+        batches = self._batch_bytes()
+        moments = list(self._backward())
+        # Of LAMB and Muon updates that are not applied yet.
+        updates = gradients if self.config.optim.optimizer in ("lamb", "muon") else 0
+        own = [activations + gradients + more for activations, gradients, more in moments]
+        return TrainingMemory(
+            parameters=parameters,
+            gradients=gradients,
+            optimizer=optimizer,
+            average=average,
+            activations=max(activations for activations, _, _ in moments),
+            batches=batches,
+            unsharded=max(more for _, _, more in moments),
+            peak=parameters + optimizer + average + batches + max(*own, gradients + updates),
+        )
+
+    def _batch_bytes(self) -> int:
+        height, width = self.config.model.image_shape
+        image = self.config.model.channels * height * width
+        mixed = self.config.data.augment.mixes
+        targets = self.config.model.num_classes * FLOAT if mixed else 0
+        return self.images * (image * (2 if mixed else 1) + ROW_BYTES + targets)
+
+    def _backward(self) -> Iterable[tuple[int, int, int]]:
+        """(activations, gradients, unsharded) while each unit's backward pass runs, from the last block to
+        what is outside of blocks."""
+        outside, *blocks = self.units
+        whole = [sum(prod(shape) for shape in group.values()) for group in self.trained]
+        gathered = [sum(prod(shape) for shape in group.values()) for group in self.shapes]
+        shards = _rows(self.trained, self.sharing)
+        left, filters = [outside.kept], [outside.filters]
+        for unit in blocks:
+            left.append(left[-1] + unit.kept)
+            filters.append(filters[-1] + unit.filters)
+        # Those of the microbatches before this one stay, whole where FSDP has not reduced them.
+        summed = not self.fsdp and self.microbatch < self.images
+        done = FLOAT * sum(whole) if summed else 0
+        for at in range(len(blocks), -1, -1):
+            unit = self.units[at]
+            held = (left[at - 1] if at else 0) + unit.whole + unit.work
+            # With the gradients of a block's own, before and after standardisation.
+            held = self.microbatch * held + filters[at] + (2 * unit.filters if at else 0)
+            yield held, done, self._unsharded(at, gathered, whole)
+            done += 0 if summed else FLOAT * (shards[at] if self.fsdp else whole[at])
+
+    def _unsharded(self, at: int, gathered: list[int], whole: list[int]) -> int:
+        if not self.fsdp:
+            # Copies of all weights, by autograd, where it computes in bfloat16 on a CPU.
+            return self.each * sum(gathered) if self.each < FLOAT else 0
+        if self.sharing == 1:
+            return self.each * sum(gathered)
+        # What is outside of blocks stays whole; of a block its weights, those of the next one, its
+        # gradients, and these again as they are summed over ranks.
+        more = gathered[0] * self.each
+        if at:
+            more += (gathered[at] + (gathered[at - 1] if at > 1 else 0)) * self.each
+        more += whole[at] * (self.each + FLOAT)
+        if self.microbatch < self.images:
+            # Only the last microbatch's are summed over ranks; until then they stay whole.
+            more += FLOAT * sum(whole[: at + 1])
+        return more
+
+
+def _trained(config: RunConfig, groups: list[Shapes]) -> list[Shapes]:
+    depth = len(groups) - 1
+    fixed = (
+        {"pos_embed"} if config.model.positions == "sincos2d" and config.model.family != "resnet" else set()
+    )
+    return [
+        {
+            name: shape
+            for name, shape in group.items()
+            if name not in fixed and not is_frozen(name, depth, config.optim.freeze)
+        }
+        for group in groups
+    ]
+
+
+def _moments(config: RunConfig, groups: list[Shapes], sharing: int) -> list[int]:
+    """Numbers, of each group."""
+    kind = config.optim.optimizer
+    totals = []
+    for group in _trained(config, groups):
+        matrices: Shapes = {
+            name: shape for name, shape in group.items() if name.startswith("blocks.") and len(shape) == 2
+        }
+        total = MOMENTS[kind] * _rows([group], sharing)[0]
+        totals.append(total - _rows([matrices], sharing)[0] if kind == "muon" else total)
+    return totals
+
+
+def _rows(groups: Iterable[Shapes], sharing: int) -> list[int]:
+    """Numbers of the first rank of a shard group: tensors are split along their first dimension, as
+    `torch.chunk` does."""
+    return [sum(ceil(shape[0] / sharing) * prod(shape[1:]) for shape in group.values()) for group in groups]

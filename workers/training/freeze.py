@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from workers.training.optim import layer_of
+from workers.models.layers import is_frozen
 
 
 def freeze(model: nn.Module, which: str) -> None:
@@ -10,13 +10,5 @@ def freeze(model: nn.Module, which: str) -> None:
     state of them. Call it on a whole model, before it is spread over ranks."""
     depth = len(getattr(model, "blocks", ()))
     for name, parameter in model.named_parameters():
-        if _is_frozen(name, depth, which):
+        if is_frozen(name, depth, which):
             parameter.requires_grad_(False)
-
-
-def _is_frozen(name: str, depth: int, which: str) -> bool:
-    if which == "patch_embedding":
-        return name.startswith("patch_embed.")
-    if which.startswith("blocks:"):
-        return layer_of(name, depth) <= int(which.removeprefix("blocks:"))
-    return which == "backbone" and not name.startswith("head.")

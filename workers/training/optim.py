@@ -1,7 +1,6 @@
 """Optimisers and their schedule. The learning rate is a pure function of the images seen."""
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,13 +11,12 @@ from torch.optim.optimizer import ParamsT
 
 from workers.config import OptimConfig
 from workers.errors import ConfigError
+from workers.models.layers import layer_of
 from workers.training import guarded
 from workers.training.lamb import Lamb
 from workers.training.muon import Muon
 from workers.training.rows import locals_of, with_momentum
 
-EMBEDDINGS = ("cls_token", "reg_token", "pos_embed", "patch_embed", "conv1", "norm1")
-"""What lies before the first block; the last two are of ResNets."""
 Named = list[tuple[str, nn.Parameter]]
 TOKENS = ("cls_token", "reg_token", "pos_embed", "attn_pool.latent")
 """Parameters of more than one dimension that are biases in all but shape."""
@@ -152,12 +150,3 @@ def _groups(named: Named, model: nn.Module, config: OptimConfig) -> list[dict[st
         key = (spared, layer if config.layer_decay < 1 else 0)
         groups.setdefault(key, group)["params"].append(value)
     return [groups[key] for key in sorted(groups)]
-
-
-def layer_of(name: str, depth: int) -> int:
-    """0: embeddings, n + 1: block n, depth + 1: the head and a pool's own layers. The last norm of tokens
-    goes with the last block, as in timm's `param_groups_layer_decay`."""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        return int(block[1]) + 1
-    top = name.partition(".")[0]
-    return 0 if top in EMBEDDINGS else depth if top == "norm" else depth + 1
