@@ -18,6 +18,7 @@ from pipelines.fit_command import fit
 from pipelines.gc_command import gc
 from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
+from pipelines.plan_command import plan
 from pipelines.promote_command import promote
 from pipelines.report_command import report
 from pipelines.retire_command import retire, sign
@@ -155,6 +156,7 @@ app.command()(data_commands.index)
 app.command()(data_commands.verify)
 app.add_typer(selftest_commands.selftest, name="selftest")
 app.command()(training_commands.recipes)
+app.command()(plan)
 app.command()(training_commands.train)
 app.command()(run_commands.submit)
 app.command()(run_commands.status)

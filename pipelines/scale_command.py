@@ -8,7 +8,7 @@ import typer
 from pipelines.terminal import AsJson, DataRoot, SiteFile, console, errors, open_site, progress_console
 
 if TYPE_CHECKING:
-    from pipelines.scaling.hardware import Speed
+    from orchestrator.speed import Speed
     from pipelines.scaling.study import Study
 
 

@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipelines.scaling.hardware import Hardware, Speed, model_label
+from orchestrator.speed import FORWARD_SHARE, Speed, model_label, work_seconds
+from pipelines.scaling.hardware import Hardware
 from pipelines.scaling.rungs import Rung
 from workers.models.memory import training_memory
-
-FORWARD_SHARE = 3
-"""A training step costs three forward passes; an evaluation one."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,9 @@ def rung_cost(rung: Rung, hardware: Hardware, num_validation: int, measured: Map
     seconds = price = None
     if speed is not None:
         evaluations = max(1, rung.images_trained // config.train.eval_every_images)
-        images = rung.images_trained + evaluations * num_validation / FORWARD_SHARE
-        seconds = hardware.start_seconds + images / (speed.images_per_second * workers)
+        seconds = hardware.start_seconds + work_seconds(
+            rung.images_trained, evaluations, num_validation, speed.images_per_second, workers
+        )
         if hardware.price_per_device_hour is not None:
             price = seconds * workers / 3600 * hardware.price_per_device_hour
     return Cost(

@@ -1,21 +1,10 @@
 """What a study is to run on, as far as its time and price depend on it."""
 
-from dataclasses import dataclass
-
 from pydantic import Field
 
-from pipelines.scaling.rules import round_to
+from orchestrator.speed import Speed, model_label, speed_at
 from workers.config import RunConfig
 from workers.part import Part
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of one worker, while it trains."""
-
-    images_per_second: float
-    source: str
-    """How it is known: measured here, given as images/s, or given as MFU."""
 
 
 class Hardware(Part):
@@ -41,9 +30,4 @@ class Hardware(Part):
             return Speed(found, "given as images/s")
         if self.mfu is None or self.peak_tflops is None:
             return None
-        flops = 3 * config.model.computed_flops
-        return Speed(round_to(self.mfu * self.peak_tflops * 1e12 / flops, 4), f"given as {self.mfu:.0%} MFU")
-
-
-def model_label(config: RunConfig) -> str:
-    return f"{config.model.family} {config.model.size}"
+        return speed_at(self.mfu, self.peak_tflops * 1e12, config)

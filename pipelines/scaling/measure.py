@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipelines.scaling.hardware import Speed, model_label
+from orchestrator.speed import Speed, model_label
 from pipelines.scaling.rules import round_to
 from workers.config import RunConfig, make_config
 from workers.storage import open_store
@@ -35,7 +35,9 @@ def measure(configs: Iterable[RunConfig], told: Callable[[str, Speed], None]) ->
         # A process each: what a model leaves in the allocator is not the next one's.
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
             rate = pool.submit(images_per_second, config.model_dump(mode="json")).result()
-        found[label] = Speed(round_to(rate, 3), "measured here, by a short run of the real loop")
+        found[label] = Speed(
+            round_to(rate, 3), "measured here, by a short run of the real loop", with_data=True
+        )
         told(label, found[label])
     return found
 

@@ -28,11 +28,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from tests.benchmarks import results, steps
+from workers.gpus import GPUS
 from workers.training.collectives import worker_group
 from workers.training.evaluate import normalize
 from workers.training.parallel import DTYPES
-from workers.training.peak import PEAK_TFLOPS
 
+H100_TFLOPS = next(gpu.half_tflops for gpu in GPUS if gpu.name == "H100")
 WARM_UP, TIMED, TRACED = 5, 30, 3
 STOCK = "timm, stock"
 GRACE = 60.0
@@ -322,7 +323,7 @@ def report(about: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
                 f"{row['tflops']:.1f}",
                 f"{1e12 * row['tflops'] / ceiling:.1%}",
                 f"{1e12 * row['computed_tflops'] / ceiling:.1%}",
-                f"{row['tflops'] / PEAK_TFLOPS['H100'][1]:.1%}",
+                f"{row['tflops'] / H100_TFLOPS:.1%}",
                 f"{row.get('peak_gib', 0):.1f}" + (f" / {base.get('peak_gib', 0):.1f}" if base else ""),
                 f"{base['ms'] / row['ms']:.3f}" if base else "",
                 f"{row['warm_up_seconds']:.0f}",

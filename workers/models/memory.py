@@ -17,6 +17,8 @@ ROW_BYTES = 20
 """Of a batch, beside each image: label, weight and slot."""
 MOMENTS = {"adamw": 2, "lamb": 2, "muon": 2, "sgd": 1}
 """muon: of what it leaves to AdamW; of matrices it has one."""
+RESERVE = 0.08
+"""Of a GPU's memory, for fragments and what libraries take."""
 
 
 @dataclass(frozen=True)

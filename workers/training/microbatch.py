@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from workers.config import RunConfig
+from workers.models.memory import MOMENTS, RESERVE
 from workers.training.parallel import DTYPES
 from workers.training.rows import locals_of
 
@@ -15,9 +16,6 @@ log = logging.getLogger(__name__)
 
 PROBED = (4, 8)
 """Images of the two trial steps, from whose memory that of more is told: it grows in proportion."""
-RESERVE = 0.08
-"""Of the device's memory, for fragments and what libraries take."""
-MOMENTS = {"adamw": 2, "lamb": 2, "muon": 2, "sgd": 1}
 
 
 def choose_microbatch_size(

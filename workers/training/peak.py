@@ -4,18 +4,8 @@ import time
 
 import torch
 
-# Dense, by the vendors' data sheets, TFLOP/s: float32 without tensor cores, bfloat16 with them.
-PEAK_TFLOPS = {
-    "B200": (75.0, 2250.0),
-    "H200": (67.0, 989.0),
-    "H100 PCIe": (51.0, 756.0),
-    "H100": (67.0, 989.0),
-    "A100": (19.5, 312.0),
-    "L40S": (91.6, 362.0),
-    "L4": (30.3, 121.0),
-    "A10": (31.2, 125.0),
-    "V100": (15.7, 0.0),
-}
+from workers.gpus import find_gpu
+
 MEASURED_SIDE = 1024
 MEASURED_SECONDS = 0.1
 
@@ -25,11 +15,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (single, half) in PEAK_TFLOPS.items():
-            peak = half if dtype == torch.bfloat16 else single
-            if known in name and peak:
-                return peak * 1e12
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+        peak = gpu.peak_flops("bfloat16" if dtype == torch.bfloat16 else "float32") if gpu else None
+        if peak is not None:
+            return peak
     return measured_flops(device, dtype)
 
 
