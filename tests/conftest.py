@@ -130,7 +130,10 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("services")
     said: list[str] = []
     try:
-        site = local_services.up(directory, num_cpus=4, progress=said.append)
+        with pytest.MonkeyPatch.context() as patch:
+            # A run on little data is over before Ray has shown its gauges once, every 10 s as a rule.
+            patch.setenv("RAY_metrics_report_interval_ms", "1000")
+            site = local_services.up(directory, num_cpus=4, progress=said.append)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in site.environment().items():
                 patch.setenv(name, value)

@@ -1,12 +1,16 @@
 """Jobs on Ray: found again, followed through outages, stopped; by a fake of its Jobs API and the real one."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +24,7 @@ from ray.job_submission import JobStatus
 from orchestrator import ray_jobs
 from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
+from orchestrator.daemons import _ray_folder
 from orchestrator.job import JobSpec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
 from orchestrator.site import Site
@@ -30,6 +35,7 @@ from workers.config import RunConfig, make_config
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store
 from workers.training.commits import CommitLog
+from workers.training.gauges import GAUGES
 
 CONFIG = make_config(VALUES)
 
@@ -321,6 +327,10 @@ def test_stopping_ends_this_job_and_no_other(cluster: Cluster, fake: FakeRay, st
 
 
 VITSCALE = [sys.executable, "-m", "pipelines.cli"]
+RARE = {"vitscale_quarantined_samples", "vitscale_bad_steps", "vitscale_stragglers"}
+"""Gauges that a run which goes well has not."""
+LINE = re.compile(r"^(ray_vitscale_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+"""Of what Prometheus reads: gauge, labels, value."""
 
 
 @pytest.fixture(scope="module")
@@ -372,10 +382,12 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     settings = ("--set", "train.images=8000", "--set", "seed=78", "--set", "compute.hang_seconds=3")
     command = [*train, *settings, "--as", "stopped", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run = wait_for_commit(services)
-    workers = ray_processes(Path(services.runs.removeprefix("file://")).parent, "RayTrainWorker")
-    workers[0].send_signal(signal.SIGSTOP)
-    output, error = process.communicate(timeout=500)
+    directory = Path(services.runs.removeprefix("file://")).parent
+    with watched_gauges(directory) as shown:
+        run = wait_for_commit(services)
+        workers = ray_processes(directory, "RayTrainWorker")
+        workers[0].send_signal(signal.SIGSTOP)
+        output, error = process.communicate(timeout=500)
     assert process.returncode == 0, error
     assert json.loads(output)["run"] == run.name
     head = CommitLog(open_store(run.as_uri())).head()
@@ -383,6 +395,37 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     reasons = [json.loads(record.read_bytes())["reason"] for record in run.glob("hangs/*.json")]
     named = f"(pid {workers[0].pid} on {socket.gethostname()}) stood still"
     assert any(named in reason and reason.endswith(", stopped by a signal") for reason in reasons), reasons
+    told = {name for name, of in shown if of == run.name}
+    assert told >= {f"ray_{name}" for name in GAUGES.keys() - RARE}
+    assert shown["ray_vitscale_attempt", run.name] >= 1
+    assert 0 < shown["ray_vitscale_images_seen", run.name] <= 8000
+
+
+@contextlib.contextmanager
+def watched_gauges(directory: Path) -> Iterator[dict[tuple[str, str], float]]:
+    """What Ray's agent serves to Prometheus meanwhile, by gauge and run; the newest value of each."""
+    (discovery,) = _ray_folder(directory).glob("r/prom_metrics_service_discovery.json")
+    addresses = json.loads(discovery.read_text())[0]["targets"]
+    shown: dict[tuple[str, str], float] = {}
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(1.0):
+            for address in addresses:
+                try:
+                    text = urllib.request.urlopen(f"http://{address}/metrics", timeout=60).read().decode()
+                except OSError:  # what is listed, and does not run here
+                    continue
+                for name, labels, value in LINE.findall(text):
+                    shown[name, re.search(r'\brun="([^"]+)"', labels)[1]] = float(value)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield shown
+    finally:
+        ended.set()
+        thread.join()
 
 
 def wait_for_commit(services: Site, seconds: float = 100) -> Path:

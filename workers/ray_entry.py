@@ -1,13 +1,22 @@
-"""The only file of the workers that knows Ray Train: a rank's context, handed to the loop."""
+"""The only file of the workers that knows Ray: a rank's context handed to the loop, its numbers to Ray."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ray.train.torch import get_device
+from ray.util.metrics import Gauge
 
+from workers.training.gauges import GAUGES, Gauges
 from workers.training.loop import train_worker
 
 
 def train_entry(payload: Mapping[str, Any]) -> None:
-    """Runs on every worker of a `TorchTrainer`, which has initialised the process group."""
-    train_worker(payload, get_device())
+    """Runs on every worker of a `TorchTrainer`, which has initialised the process group.
+
+    Ray's agent on each node serves the gauges to Prometheus."""
+    of_ray = {name: Gauge(name, description=text, tag_keys=("run",)) for name, text in GAUGES.items()}
+    gauges = Gauges(lambda name, run, value: of_ray[name].set(value, {"run": run}))
+    try:
+        train_worker(payload, get_device(), gauges.hear)
+    finally:
+        gauges.end()

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from workers.training.ema import Average
 from workers.training.evaluate import Evaluation, evaluate
 from workers.training.feed import Feed
 from workers.training.freeze import freeze
+from workers.training.gauges import Listener
 from workers.training.inputs import cache_of, check_compute, make_sources, open_data
 from workers.training.loss import initial_head_bias
 from workers.training.meter import Meter
@@ -55,18 +57,18 @@ from workers.training.whole import saved_logits
 log = logging.getLogger(__name__)
 
 
-def train_worker(payload: Mapping[str, Any], device: torch.device) -> None:
+def train_worker(payload: Mapping[str, Any], device: torch.device, listener: Listener | None = None) -> None:
     """Train the payload's runs, one after another, in this worker group; complete ones are skipped.
 
     `payload["runs"]` holds `{"config": RunConfig as JSON, "url": where the run's objects go}`. A request to
-    stop ends them all.
+    stop ends them all. The listener hears what the first rank writes of them.
     """
     for entry in payload["runs"]:
-        if not train(make_config(entry["config"]), entry["url"], device):
+        if not train(make_config(entry["config"]), entry["url"], device, listener):
             return
 
 
-def train(config: RunConfig, run_url: str, device: torch.device) -> bool:
+def train(config: RunConfig, run_url: str, device: torch.device, listener: Listener | None = None) -> bool:
     """Train one run to its end, or skip it if its commit log says that it is there.
 
     False if it was asked to stop before: it is committed, and goes on from there another time.
@@ -86,7 +88,9 @@ def train(config: RunConfig, run_url: str, device: torch.device) -> bool:
             return True
         while True:
             with watched(config.compute, store.url, lease.epoch, device) as progress:
-                complete, window = _train_under(lease, config, store, sources, validation, device, progress)
+                complete, window = _train_under(
+                    lease, config, store, sources, validation, device, progress, listener
+                )
             if window is None:
                 return complete
             gc.collect()  # the model that it leaves behind has no place beside the next
@@ -104,6 +108,7 @@ def _train_under(
     validation: DatasetIndex,
     device: torch.device,
     progress: Progress,
+    listener: Listener | None,
 ) -> tuple[bool, Window | None]:
     """Whether the run is complete; steps before which it has to go back, since the loss rose there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -128,7 +133,8 @@ def _train_under(
     else:
         state.resume()
     peak = peak_flops(device, DTYPES[config.train.precision], config.compute.peak_tflops)
-    events = EventWriter(store, lease.epoch) if rank == 0 else None
+    tell = partial(listener, config.run) if listener else None
+    events = EventWriter(store, lease.epoch, tell) if rank == 0 else None
     committer = Committer(
         store, lease, state.place, events, parent=state.parent, parent_digest=state.parent_digest
     )

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from workers.errors import DataError
@@ -31,9 +31,13 @@ class EventWriter:
     An outage of the store delays events and loses none.
     """
 
-    def __init__(self, store: Store, epoch: int) -> None:
+    def __init__(
+        self, store: Store, epoch: int, tell: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
+        """`tell` hears each event at once, as `EventReader` gives it later, on the thread that writes it."""
         self._store = store
         self._epoch = epoch
+        self._tell = tell
         self._seq = 0
         self._lines: list[str] = []
         self._size = 0
@@ -56,6 +60,8 @@ class EventWriter:
                 raise self._error
             self._lines.append(line)
             self._size += len(line)
+        if self._tell:
+            self._tell({"epoch": self._epoch, **event})
 
     def flush(self) -> None:
         """All that was written before is in the store; Unavailable if it is away: call again."""
