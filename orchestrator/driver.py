@@ -29,6 +29,7 @@ from orchestrator.job_records import (
 )
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
+from orchestrator.scoring import log_scores, write_plans
 from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
 from workers.config import RunConfig
@@ -121,6 +122,10 @@ def _register(spec: JobSpec, runs: JobRuns, tracking: Tracking) -> None:
     for config, model in zip(spec.configs, spec.models, strict=True):
         if model is not None and is_complete(spec.runs, config):
             registry.register(model, config, runs.ids[config.run])
+    try:
+        log_scores(spec, tracking, runs.ids)
+    except VitscaleError as error:
+        log.warning("what was planned is not compared with what was needed: %s", error)
 
 
 def _fit_all(spec: JobSpec, job: str) -> None:
@@ -222,6 +227,8 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
     while waiting := _incomplete(spec.runs, [c for c in group if c.run not in failures]):
         size = _await_room(spec, job, patience=patience)
         patience = LOST_NODE_SECONDS
+        with contextlib.suppress(VitscaleError):
+            write_plans(spec.runs, waiting, size)
         attempt = Attempt(spec, job, waiting, size)
         death = "a worker died"
         try:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.speed import Speed, num_evaluations, training_flops_per_image, work_seconds
@@ -24,6 +23,8 @@ READ = 64
 FEWEST = 9
 """With fewer, no interval of 90 % follows: (n + 1) x 90 % must be at most n."""
 COVERAGE = 0.9
+SPREAD = 0.1
+"""Of the logarithm of FLOPs: with less between them, runs do not tell how speed goes with size."""
 FAR_FUTURE = 10**11
 """Seconds since 1970; less the time of a run, names are in the order of newest first."""
 
@@ -176,11 +177,10 @@ def _foretell(wanted: PastRun, past: Sequence[PastRun]) -> tuple[Speed, float]:
 def _by_size(wanted: PastRun, past: Sequence[PastRun]) -> float:
     """Images per second by a power of the FLOPs of an image, or in proportion if all had about as many:
     small models reach a smaller share of what a device can do."""
-    flops = np.log([run.flops_per_image for run in past])
-    times = -np.log([run.rate for run in past])
-    at = math.log(wanted.flops_per_image)
-    slope = 1.0
-    if len(past) > 2 and flops.std() > 0.1:
+    flops = [math.log(run.flops_per_image) for run in past]
+    times = [-math.log(run.rate) for run in past]
+    centre, slope = statistics.fmean(flops), 1.0
+    if len(past) > 2 and statistics.pstdev(flops) > SPREAD:
         # Between nothing and proportion: what a few points say beyond that is noise.
-        slope = float(np.clip(np.polyfit(flops, times, 1)[0], 0.0, 1.0))
-    return math.exp(-(float(times.mean()) + slope * (at - float(flops.mean()))))
+        slope = min(1.0, max(0.0, statistics.linear_regression(flops, times).slope))
+    return math.exp(-(statistics.fmean(times) + slope * (math.log(wanted.flops_per_image) - centre)))

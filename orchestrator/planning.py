@@ -7,14 +7,15 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from orchestrator.decoding import PHOTOS, DecodeRate
 from orchestrator.host_memory import HostMemory, host_memory
 from orchestrator.past_runs import PastRun, as_past_run, calibrated, forecast
-from orchestrator.requests import Reads, Writes, commit_writes, epoch_reads
 from orchestrator.speed import Speed, speed_at, training_flops_per_image
+from orchestrator.writes import Writes, commit_writes
 from workers.config import RunConfig, make_config
 from workers.config_text import explain, read_yaml
+from workers.data.decode_rate import PHOTOS, DecodeRate
 from workers.data.index import DatasetIndex
+from workers.data.reads import Reads, epoch_reads
 from workers.errors import ConfigError, VitscaleError
 from workers.models.memory import RESERVE, TrainingMemory, rank_images, training_memory
 from workers.part import Part

@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 from rich.console import Group
 from rich.table import Table
 
-from orchestrator.decoding import measure_decoding
 from orchestrator.past_runs import PastRun
 from orchestrator.planning import Machine, Plan, make_plan, needed_bytes
 from orchestrator.speed import model_label
 from pipelines.pipeline.show import clock
 from workers.config import RunConfig
+from workers.data.decode_rate import measure_decoding
 from workers.data.index import DatasetIndex
 
 GIB = 2**30
@@ -111,4 +111,4 @@ def _time(plan: Plan) -> str:
     if plan.interval is not None:
         low, high = map(clock, plan.interval)
         return f"{text}; 90 % interval {low} to {high}, by {plan.interval_runs} past runs on {plan.hardware}"
-    return f"{text}; no interval: {plan.interval_runs} past runs on {plan.hardware}, 10 are needed"
+    return f"{text}; no interval: {plan.interval_runs} past runs on {plan.hardware}, 9 are needed"

@@ -374,6 +374,8 @@ def test_a_command_that_is_ended_ends_its_job_and_the_next_goes_on(services: Sit
     assert new is not None and new.complete
     lineage = [commit.seq for commit in CommitLog(open_store(run.as_uri())).lineage_from(new.seq)]
     assert head.seq in lineage
+    scored = json.loads((run / "score.json").read_bytes())
+    assert scored["planned_to_measured"]["memory_bytes"] == pytest.approx(1, rel=0.5)
 
 
 @pytest.mark.services

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from orchestrator.decoding import DecodeRate
 from orchestrator.past_runs import (
     FEWEST,
     PastRun,
@@ -22,13 +21,15 @@ from orchestrator.past_runs import (
     read_past_runs,
 )
 from orchestrator.planning import Machine, Plan, Prices, make_plan, read_prices
-from orchestrator.requests import commit_writes, epoch_reads
 from orchestrator.speed import Speed
+from orchestrator.writes import commit_writes
 from pipelines.cli import app
 from tests.runs import BATCH, tiny_config, train_on
 from tests.test_memory import MODEL, step_config
 from workers.config import RunConfig
+from workers.data.decode_rate import DecodeRate
 from workers.data.index import DatasetIndex
+from workers.data.reads import epoch_reads
 from workers.data.samples import SampleReader, StageTimes
 from workers.data.shares import Share, ShareSettings
 from workers.errors import ConfigError, VitscaleError

@@ -41,6 +41,7 @@ from workers.training.optim import learning_rate, make_optimizers
 from workers.training.parallel import DTYPES, parallelize, reshard
 from workers.training.parent import describe_resize, load_parent
 from workers.training.peak import peak_flops
+from workers.training.peak_memory import hardware_label, peak_bytes, reset_peak
 from workers.training.profile import Profile
 from workers.training.progress import Progress
 from workers.training.proofs import merge_ledgers, settle_epochs
@@ -113,6 +114,7 @@ def _train_under(
     """Whether the run is complete; steps before which it has to go back, since the loss rose there."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     batch_size = config.train.global_batch_size
+    reset_peak(device)
     model = _initial_model(config)
     resize: dict[str, float] = {}
     if config.init is not None and lease.continues is None:
@@ -142,7 +144,8 @@ def _train_under(
         events.start()
         skipped = [list(window) for window in lease.skipped]
         facts = {"world_size": world_size, "peak_tflops": peak / 1e12, "skipped": skipped}
-        events.write("start", state.images_seen, **facts)
+        hardware = hardware_label(device, config.compute.cpus_per_worker)
+        events.write("start", state.images_seen, **facts, hardware=hardware)
         if resize:
             events.write("metrics", state.images_seen, values=resize)
 
@@ -244,6 +247,8 @@ def _train_under(
                     # Only the final commit was just evaluated: what a gate may ask for.
                     if state.complete:
                         logits = saved_logits(model, config.model)
+                        if events:
+                            events.write("memory", state.images_seen, peak_bytes=peak_bytes(device))
                         state.commit(committer, events, metrics=evaluation_metrics(results), probe=logits)
                     else:
                         state.commit(committer, events, metrics={}, probe={})

@@ -7,6 +7,7 @@ import numpy as np
 
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
+from workers.models.sizes import image_shape
 
 MEASURED_SAMPLES = 256
 MEASURED_SECONDS = 3.0
@@ -33,7 +34,6 @@ def measure_decoding(config: RunConfig, data: DatasetIndex) -> DecodeRate:
     # On use: what decodes brings torch.
     from workers.data.samples import SampleReader, StageTimes
     from workers.data.transforms import sample_rng, train_transform
-    from workers.models.sizes import image_shape
 
     count = min(data.num_samples, MEASURED_SAMPLES)
     start = (data.num_samples - count) // 2

@@ -1,4 +1,4 @@
-"""What a run asks of its object stores: reads of an epoch, writes of a commit."""
+"""What an epoch asks of the store of its data set, without reading any of it."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,9 +12,6 @@ from workers.data.lookahead import Load, mean_bytes, train_loads
 from workers.data.mixture import make_order
 from workers.data.pages import KEPT_BYTES, PAGE_BYTES
 from workers.data.samples import runs
-from workers.models.memory import checkpoint_bytes
-from workers.s3_upload import PART
-from workers.training.metrics import FLUSH_SECONDS
 
 LOOKED_AT = 200_000
 """Samples of whose reads those of an epoch are told."""
@@ -87,31 +84,3 @@ def _missing(pages: "OrderedDict[tuple[int, int], None]", data: DatasetIndex, lo
     while len(pages) > KEPT_BYTES // PAGE_BYTES:
         pages.popitem(last=False)
     return sum((shard, page - 1) not in missing for shard, page in missing)
-
-
-@dataclass(frozen=True)
-class Writes:
-    num_bytes: int
-    """Of a commit."""
-    puts: int
-    """Of a commit, parts of large objects counted each."""
-    commits: int
-    """Of the run."""
-
-    def total(self, seconds: float | None) -> int:
-        """Of the run, with its events."""
-        return self.commits * self.puts + round((seconds or 0) / FLUSH_SECONDS)
-
-
-def commit_writes(config: RunConfig, workers: int) -> Writes:
-    shards = min(workers, config.compute.shard_workers or workers)
-    whole = checkpoint_bytes(config)
-    kinds = 3 if config.optim.ema_images else 2
-    # By rank an object of each kind and the list of them; manifest, log entry, events before and after it.
-    parts = max(1, -(-whole // (kinds * shards) // PART))
-    puts = shards * (kinds * (parts if parts == 1 else parts + 2) + 1) + 4
-    batch, every = config.train.global_batch_size, config.train.checkpoint_every_images
-    images = config.num_steps * batch
-    # As the loop does: not within a quarter of an interval from the end, and at the end.
-    before = max(0, int((images - every / 4) // every))
-    return Writes(whole, puts, before + 1)

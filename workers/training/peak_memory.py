@@ -1,0 +1,37 @@
+"""The most memory that training has held: of a GPU as torch counts it, elsewhere resident."""
+
+import contextlib
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+from workers.hardware_label import cpu_label, gpu_label
+
+PROCESS = Path("/proc/self")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Counting starts anew; where the system does not let it, it goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Since `reset_peak`."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", (PROCESS / "status").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) << 10 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def hardware_label(device: torch.device, cores: int) -> str:
+    """As plans name it."""
+    return gpu_label(torch.cuda.get_device_name(device)) if device.type == "cuda" else cpu_label(cores)
