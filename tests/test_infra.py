@@ -376,6 +376,41 @@ def test_the_build_refuses_a_base_without_a_digest(base: str, accepted: bool) ->
     assert accepted or "BASE must name an image by its digest" in done.stderr
 
 
+def test_each_secret_that_is_named_is_explained() -> None:
+    """And only those."""
+    named = {secret for item in every_object() for secret in secrets(item)}
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    table = guide.partition("| Secret | keys |")[2].partition("ConfigMap `authorities`")[0]
+    rows = "".join(row.split("|")[1] for row in table.splitlines() if row.strip().startswith("|"))
+    assert set(re.findall(r"`([a-z0-9-]+)`", rows)) == named
+    compose_part = guide.partition("## On one workstation")[2]
+    for name in compose()["secrets"]:
+        assert re.search(rf"\b{name}\b", compose_part), name
+
+
+def secrets(node: Any) -> Iterator[str]:
+    """Names of Secrets that an object refers to."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "secretKeyRef":
+                yield value["name"]
+            elif key == "secretName":
+                yield value
+            yield from secrets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from secrets(value)
+
+
+def test_an_overlay_names_its_buckets_alike() -> None:
+    text = json.dumps(rendered("prod"))
+    assert set(re.findall(r"(?:s3://|store:)([a-z-]+)", text)) == {
+        "example-datasets",
+        "example-training",
+        "example-mlflow",
+    }
+
+
 def test_no_file_names_an_image_by_a_tag_that_moves() -> None:
     for path in [*INFRA.rglob("*.yaml"), *INFRA.rglob("Dockerfile")]:
         assert ":latest" not in path.read_text(), path

@@ -9,8 +9,11 @@ from moto.iam.policy_validation import IAMPolicyDocumentValidator
 
 from orchestrator.job import JobSpec, run_url, write_spec
 from orchestrator.job_records import clear_reports, wish, write_done, write_note, write_stop
+from orchestrator.judgements import Judgements
 from orchestrator.promotions import PromotionLog
 from orchestrator.retention import Retention
+from pipelines.pipeline.records import StageRecords
+from pipelines.scaling.record import study_url
 from tests.policies import FOLDER, allows, read
 from tests.runs import CPU, tiny_config
 from tests.s3_server import ENVIRONMENT, s3_server
@@ -93,7 +96,14 @@ def test_a_run_needs_what_its_role_has_and_its_history_is_nobody_s_to_replace(
     assert refused("supervisor", requests) == []
 
     requests.clear()
+    StageRecords(store, "birds").find("a" * 64)
+    open_store(study_url(RUNS, "sizes")).write("points.parquet", b"")
+    open_store(study_url(RUNS, "sizes")).create("study.json", b"{}")
+    assert refused("submitter", requests) == []
+
+    requests.clear()
     PromotionLog(store).append(record(0))
+    Judgements(store).note("0" * 64, "toy", 1, "d" * 64)
     assert refused("promoter", requests) == []
     for role in set(ROLES) - {"promoter"}:
         assert refused(role, written(requests)), role
