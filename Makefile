@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws down clean
+.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws bench-plan down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ bench-quality: $(READY)  ## what models learn: resolutions of fine-tuning, ViT f
 
 bench-laws: $(READY)  ## scaling laws against M4, broken power laws and others on real curves; a quarter of an hour
 	$(BIN)/python -m tests.benchmarks.laws $(ARGS)
+
+bench-plan: $(READY)  ## planned memory and time beside what torch counts and runs take; ten minutes
+	$(BIN)/python -m tests.benchmarks.plan $(ARGS)
 
 $(PEERS_READY): tests/benchmarks/peers.txt
 	@$(BIN)/python -m tests.benchmarks.rgw --check
