@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws bench-plan down clean
+.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-fast: check  ## check, then the tests that start no services: about a minut
 	@echo "== pytest, without services"
 	$(BIN)/pytest -m "not services"
 
+cluster-test: $(READY)  ## several hosts on this machine (root), one cut off ten times: make cluster-test CUTS=3
+	VITSCALE_CUTS=$(or $(CUTS),10) $(BIN)/pytest tests/test_hosts.py
+
 chaos: $(READY)  ## kill, stop and starve runs in all ways; a table of promises, trials, violations
 	$(BIN)/python -m tests.chaos $(ARGS)
 
@@ -67,9 +70,6 @@ bench-quality: $(READY)  ## what models learn: resolutions of fine-tuning, ViT f
 
 bench-laws: $(READY)  ## scaling laws against M4, broken power laws and others on real curves; a quarter of an hour
 	$(BIN)/python -m tests.benchmarks.laws $(ARGS)
-
-bench-plan: $(READY)  ## planned memory and time beside what torch counts and runs take; ten minutes
-	$(BIN)/python -m tests.benchmarks.plan $(ARGS)
 
 $(PEERS_READY): tests/benchmarks/peers.txt
 	@$(BIN)/python -m tests.benchmarks.rgw --check

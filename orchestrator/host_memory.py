@@ -9,11 +9,11 @@ from workers.data.lookahead import mean_bytes
 from workers.data.mixture import make_order
 from workers.models.memory import TrainingMemory, rank_images, training_memory
 
-WORKER_BYTES = 520 << 20
-"""Resident in a run of the smallest model on a Ray worker, less what is counted here: Python 3.11, torch 2.13
-for CPUs, Ray 2.60 on x86-64 Linux, measured. Torch with CUDA takes more."""
+WORKER_BYTES = 411 << 20
+"""Python 3.11, torch 2.13 for CPUs, Ray 2.60 and this package imported, in a gloo group: resident, measured
+on x86-64 Linux. Torch with CUDA takes more."""
 READER_BYTES = 263 << 20
-"""Of a reader process, when all is imported."""
+"""Likewise, of a reader process."""
 SNAPSHOTS = 2
 """Checkpoints on their way to the store; `workers/training/committer.py`."""
 COPIED_BATCHES = 2

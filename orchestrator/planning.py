@@ -1,6 +1,5 @@
 """A run before it is started: memory, speed, time, requests and money, and what will limit it."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from workers.models.memory import RESERVE, TrainingMemory, rank_images, training
 from workers.part import Part
 
 NO_SPEED = "no speed is known: give --mfu with --gpu or --tflops, or --images-per-second, or --measure"
-TIGHT = 0.9
-"""Of a worker's memory."""
 MODES = ("none", "selective", "full")
 
 
@@ -171,11 +168,10 @@ def make_plan(
         more = machine.start_seconds + (commit or 0.0)
         seconds, interval = seconds + more, interval and (interval[0] + more, interval[1] + more)
     limit = machine.memory_bytes
-    share = None if limit is None else needed_bytes(memory, host) / limit
-    fits = None if share is None else share <= 1
+    fits = None if limit is None else needed_bytes(memory, host) <= limit
     epochs = wanted.images / data.num_samples if data else None
     gets = reads.total(epochs) if reads and epochs else None
-    return Plan(
+    plan = Plan(
         run=config.run,
         hardware=machine.hardware,
         workers=workers,
@@ -203,8 +199,9 @@ def make_plan(
         puts=writes.total(seconds),
         price=_price(machine.prices, workers, seconds, reads, epochs, gets, writes),
         currency=machine.prices.currency if machine.prices else "",
-        limits=_limits(config, rate, decodable if bounded else math.inf, share, commit),
+        limits=_limits(config, rate, decodable, bounded, memory, host, limit, commit, writes),
     )
+    return plan
 
 
 def _mfu(config: RunConfig, speed: Speed | None, machine: Machine) -> float | None:
@@ -240,31 +237,45 @@ def _price(
 
 
 def _limits(
-    config: RunConfig, rate: float | None, decodable: float, share: float | None, commit: float | None
+    config: RunConfig,
+    rate: float | None,
+    decodable: float,
+    bounded: bool,
+    memory: TrainingMemory,
+    host: HostMemory,
+    limit: int | None,
+    commit: float | None,
+    writes: Writes,
 ) -> list[str]:
-    """`rate`: images/s that the devices take; `decodable`: likewise of the cores; inf
-    where that rate is of a loop that had its data. `share`: of the memory that a worker has."""
     said = []
     if rate is None:
         said.append(NO_SPEED)
-    elif rate > decodable:
+    elif bounded:
         said.append(
             f"data limits: the devices could take {rate:,.0f} images/s, the workers' cores can decode "
             f"{decodable:,.0f}; raise compute.cpus_per_worker and compute.readers, or make images smaller "
             "when they are ingested"
         )
     else:
-        said.append(f"compute limits: training takes {rate:,.0f} images/s")
-    if share is not None and share > 1:
-        said.append(f"memory limits: it needs {share:.2f} times what a worker has")
-    elif share is not None and share > TIGHT:
-        said.append(f"memory is tight: {share:.0%} of what a worker has")
-    interval = config.train.checkpoint_every_images / rate if rate else math.inf
-    if commit is not None and commit > interval:
         said.append(
-            f"commits limit: one takes {commit:,.0f} s to write and is due every {interval:,.0f} s; "
-            "raise train.checkpoint_every_images"
+            f"compute limits: training takes {rate:,.0f} images/s, the workers' cores could decode "
+            f"{decodable:,.0f}"
         )
+    if limit is not None:
+        share = needed_bytes(memory, host) / limit
+        if share > 1:
+            said.append(f"memory limits: it needs {share:.2f} times what a worker has")
+        elif share > 0.9:
+            said.append(f"memory is tight: {share:.0%} of what a worker has")
+    if commit is not None and rate:
+        interval = config.train.checkpoint_every_images / rate
+        if commit > interval:
+            said.append(
+                f"commits limit: one takes {commit:,.0f} s to write and is due every {interval:,.0f} s; "
+                "raise train.checkpoint_every_images"
+            )
+    if writes.commits > 1000:
+        said.append(f"{writes.commits:,} commits; raise train.checkpoint_every_images for fewer")
     return said
 
 

@@ -9,7 +9,7 @@ CODE = """
 import sys
 from moto.server import ThreadedMotoServer
 
-server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server = ThreadedMotoServer(sys.argv[1], 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
@@ -20,10 +20,10 @@ ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "anybody", "AWS_SECRET_ACCESS_KEY": "whateve
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[str]:
+def s3_server(host: str = "127.0.0.1") -> Iterator[str]:
     """Its URL. It ends with this process, however that ends."""
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    command = [sys.executable, "-W", "ignore", "-c", CODE, host]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as server:
-        yield f"http://127.0.0.1:{int(server.stdout.readline())}"
+        yield f"http://{host}:{int(server.stdout.readline())}"
         server.kill()

@@ -5,11 +5,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator.gates import Gate
-from orchestrator.processes import free_port
 from orchestrator.registry import Registry
 from orchestrator.tracking import connect
 from orchestrator.versions import Version
 from tests.chaos.tracking import Mlflow
 from tests.fault_proxy import FaultProxy
+from tests.postgres import postgres
 from tests.test_registry import finish, run_config
 from workers.errors import CheckpointError, DataError
 from workers.storage import open_store
@@ -31,32 +26,6 @@ from workers.training.commits import CommitLog
 
 USER, PASSWORD = "admin", "a-password-of-this-test"
 GIGABYTE, MEGABYTE = 1 << 30, 1_000_000
-POSTGRES = shutil.which("postgres")
-
-
-@contextlib.contextmanager
-def postgres() -> Iterator[str]:
-    """The URI of a database of its own, on loopback; as user `postgres` if this one is root."""
-    assert POSTGRES is not None
-    programs, port = Path(POSTGRES).resolve().parent, free_port(set())
-    who = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with tempfile.TemporaryDirectory(prefix="vitscale-postgres-") as folder:
-        if who:
-            shutil.chown(folder, "postgres", "postgres")
-        data = f"{folder}/data"
-        make = [programs / "initdb", "-D", data, "-U", "mlflow", "-A", "trust", "--no-sync"]
-        subprocess.run(make, check=True, cwd=folder, **who, **quiet)
-        serve = [programs / "postgres", "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
-        with subprocess.Popen(serve, cwd=folder, **who, **quiet) as process:
-            try:
-                ask = [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
-                while subprocess.run(ask, check=False, **quiet).returncode:
-                    assert process.poll() is None, "Postgres does not start"
-                    time.sleep(0.1)
-                yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
-            finally:
-                process.terminate()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -67,10 +36,6 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             pytest.skip("MLflow's basic-auth needs Flask-WTF (pip: mlflow[auth])")
         backend = ""
         if request.param == "postgres":
-            if POSTGRES is None or importlib.util.find_spec("psycopg") is None:
-                pytest.skip(
-                    "needs Postgres (apt-get install postgresql) and its client (pip: psycopg[binary])"
-                )
             backend = stack.enter_context(postgres())
         config = tmp_path / "auth.ini"
         config.write_text(

@@ -36,8 +36,7 @@ def test_a_finished_run_scores_its_plan(finished: tuple[str, RunConfig]) -> None
     assert past.hardware == cpu_label(1) and past.workers == 1
     assert 0 < past.overhead < past.seconds and past.images_per_second > 0
     assert past.planned_seconds is None  # nothing was known yet
-    # No worker of Ray's, of which a third of that is.
-    assert past.planned_memory_bytes == pytest.approx(past.memory_bytes, rel=1.0)
+    assert past.planned_memory_bytes == pytest.approx(past.memory_bytes, rel=0.6)
     (read,) = read_past_runs(open_store(runs), cpu_label(1))
     assert read == past
 
@@ -81,5 +80,5 @@ def test_mlflow_hears_how_far_a_plan_was_off(finished: tuple[str, RunConfig]) ->
     tracking = cast(Tracking, SimpleNamespace(client=client, name="MLflow"))
     log_scores(spec, tracking, {config.run: "id"})
     assert [metric.key for metric in logged] == ["plan/memory_bytes"]
-    assert logged[0].value == pytest.approx(1, rel=1.0)
+    assert logged[0].value == pytest.approx(1, rel=0.6)
     assert tags == {"vitscale.hardware": cpu_label(1)}

@@ -35,18 +35,23 @@ class Mlflow:
     """A real server that is killed and comes back."""
 
     def __init__(
-        self, folder: Path, *options: str, backend: str = "", environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *options: str,
+        host: str = "127.0.0.1",
+        backend: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`backend`: its database, by default SQLite in the folder."""
         folder.mkdir()
         self._folder, self._port = folder, free_port(set())
         self._backend = backend or f"sqlite:///{folder}/mlflow.db"
         self._options, self._environment = options, dict(environment or {})
-        self.uri = f"http://127.0.0.1:{self._port}"
+        self._host, self.uri = host, f"http://{host}:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", self._host]
         command += ["--port", str(self._port), "--backend-store-uri", self._backend]
         command += ["--artifacts-destination", self._folder.as_uri(), "--serve-artifacts", *self._options]
         # Its job runners, which nobody needs here, are eight more processes.
