@@ -7,7 +7,21 @@ from collections.abc import Iterator
 
 CODE = """
 import sys
+import threading
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
+
+# Moto looks whether a key is there and then puts it: of two create-once writers, both may win.
+lock = threading.Lock()
+
+def one_at_a_time(method):
+    def locked(*arguments, **named):
+        with lock:
+            return method(*arguments, **named)
+    return locked
+
+for name in ("put_object", "_key_response_post"):
+    setattr(S3Response, name, one_at_a_time(getattr(S3Response, name)))
 
 server = ThreadedMotoServer(sys.argv[1], 0, verbose=False)
 server.start()
