@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus
 
-from orchestrator.exposure import DENIED, JOBS, WRONG_TOKEN, is_private, status
+from orchestrator.exposure import DENIED, ask_as_stranger, is_private, status
 from orchestrator.findings import Finding, judge
 from orchestrator.node_facts import MARK, PACKAGES, version
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs
@@ -38,20 +38,20 @@ def examine(site: Site, mib: int) -> Iterable[Finding]:
 
 
 def _ray(site: Site) -> Iterable[Finding]:
-    url = site.ray + JOBS
-    bare, wrong = status(url), status(url, WRONG_TOKEN)
-    if bare is None:
+    answers = ask_as_stranger(site.ray)
+    if None in answers.values():
         yield Finding(
             "Ray", site.ray, "problem", "nobody answers", "is it up, and its dashboard's port open?"
         )
         return
-    if bare == 200 or wrong == 200:
-        found = "answers without a token" if bare == 200 else "answers with a wrong token"
+    let_in = [who for who, code in answers.items() if code == 200]
+    if let_in:
+        found = f"answers {' and '.join(let_in)}"
         advice = "start Ray with RAY_AUTH_MODE=token: whoever reaches it can run code on every node"
         yield Finding("Ray's token", site.ray, "problem", found, advice)
     else:
-        refused = bare in DENIED and wrong in DENIED
-        found = f"without a token {bare}, with a wrong one {wrong}"
+        refused = all(code in DENIED for code in answers.values())
+        found = ", ".join(f"{who} {code}" for who, code in answers.items())
         yield Finding("Ray's token", site.ray, "ok" if refused else "warning", found)
     yield _tls("Ray", site.ray)
     try:

@@ -31,12 +31,20 @@ def refuse_exposed(site: Site) -> None:
             f"ray {site.ray}: what is sent to it, the token too, could be read on its way; use https, a "
             f"tunnel to 127.0.0.1, {UNLESS}"
         )
-    for who, headers in (("without a token", {}), ("with a wrong token", WRONG_TOKEN)):
-        if status(site.ray + JOBS, headers) == 200:
+    for who, code in ask_as_stranger(site.ray).items():
+        if code == 200:
             raise ConfigError(
                 f"ray {site.ray} answers {who}: whoever reaches it can run code on every node. Start it with "
                 f"RAY_AUTH_MODE=token, {UNLESS}"
             )
+
+
+def ask_as_stranger(ray: str) -> dict[str, int | None]:
+    """What the Jobs API answers to who does not have its token; None if nobody answers."""
+    return {
+        "without a token": status(ray + JOBS),
+        "with a wrong token": status(ray + JOBS, WRONG_TOKEN),
+    }
 
 
 def is_private(url: str) -> bool:
@@ -49,7 +57,7 @@ def status(url: str, headers: Mapping[str, str] = MappingProxyType({})) -> int |
     """Of a GET, without what this process knows of credentials; None if nobody answers."""
     request = urllib.request.Request(url, headers=dict(headers))  # noqa: S310 - the site's http(s) addresses
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:  # noqa: S310 - as above
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code

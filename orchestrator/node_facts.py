@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,6 +33,7 @@ from workers.storage import NotFound, open_store
 
 MARK = "vitscale-node-facts "
 PACKAGES = ("vitscale", "ray", "torch", "webdataset", "boto3")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written to
 START_SECONDS = 60.0
 """For a process on a node to start."""
 CONNECT_SECONDS = 5.0
@@ -54,7 +56,7 @@ class Probe:
         return time.time()
 
     def facts(self) -> dict[str, Any]:
-        shared = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None  # noqa: PTH112, S108
+        shared = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
         return {
             "host": socket.gethostname(),
             "python": platform.python_version(),

@@ -1,59 +1,22 @@
 """A run before it is started: memory, speed, time, requests and money, and what will limit it."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
-
+from orchestrator.fitting import needed_bytes, suggestions
 from orchestrator.host_memory import HostMemory, host_memory
+from orchestrator.machine import Machine, Prices
 from orchestrator.past_runs import PastRun, as_past_run, calibrated, forecast
 from orchestrator.speed import Speed, speed_at, training_flops_per_image
 from orchestrator.writes import Writes, commit_writes
-from workers.config import RunConfig, make_config
-from workers.config_text import explain, read_yaml
-from workers.data.decode_rate import PHOTOS, DecodeRate
+from workers.config import RunConfig
+from workers.data.decode_rate import DecodeRate
 from workers.data.index import DatasetIndex
 from workers.data.reads import Reads, epoch_reads
-from workers.errors import ConfigError, VitscaleError
-from workers.models.memory import RESERVE, TrainingMemory, rank_images, training_memory
-from workers.part import Part
+from workers.errors import VitscaleError
+from workers.models.memory import TrainingMemory, training_memory
 
 NO_SPEED = "no speed is known: give --mfu with --gpu or --tflops, or --images-per-second, or --measure"
-MODES = ("none", "selective", "full")
-
-
-class Prices(Part):
-    """A user's own; the file says in which currency."""
-
-    currency: str = ""
-    per_worker_hour: float = Field(ge=0)
-    """Of a worker, with its share of the machine."""
-    per_1000_gets: float = Field(default=0.0, ge=0)
-    per_1000_puts: float = Field(default=0.0, ge=0)
-    per_gb_read: float = Field(default=0.0, ge=0)
-    """10^9 bytes that leave the store."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a run is to have; None: nobody said."""
-
-    hardware: str
-    """As past runs name it."""
-    memory_bytes: int | None = None
-    """Of a worker's device; on CPUs, of the host for each worker."""
-    peak_flops: float | None = None
-    mfu: float | None = None
-    speed: Speed | None = None
-    """Given or measured; goes before MFU and past runs."""
-    decoding: DecodeRate = PHOTOS
-    store_bytes_per_second: float | None = None
-    """That a worker writes."""
-    start_seconds: float = 10.0
-    """What a cluster takes until a run's first step."""
-    prices: Prices | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +66,7 @@ class Plan:
         """VitscaleError if the run cannot fit."""
         if self.fits is not False:
             return
-        need, limit = self._need() / 2**30, (self.memory_limit or 0) / 2**30
+        need, limit = needed_bytes(self.memory, self.host) / 2**30, (self.memory_limit or 0) / 2**30
         say = f"each of {self.workers} workers needs {need:.2f} GiB and has {limit:.2f} GiB"
         if self.suggestions:
             raise VitscaleError(f"compute: {say}; it fits with {' or with '.join(self.suggestions[:2])}")
@@ -111,26 +74,6 @@ class Plan:
             f"compute.workers: {say}, whatever is sharded and recomputed; ask for more workers "
             "(and data.lanes), devices with more memory, or a smaller model.size or model.image_size"
         )
-
-    def _need(self) -> int:
-        return needed_bytes(self.memory, self.host)
-
-
-def needed_bytes(memory: TrainingMemory, host: HostMemory) -> int:
-    """Of the device that decides: a GPU, or the host where that trains."""
-    return host.total if host.tensors else memory.peak
-
-
-def usable_bytes(gigabytes: float, *, cuda: bool) -> int:
-    """Of a device of so many 10^9 bytes."""
-    return int(gigabytes * 1e9 * ((1 - RESERVE) if cuda else 1))
-
-
-def read_prices(path: Path) -> Prices:
-    try:
-        return Prices.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, Prices)}") from None
 
 
 def make_plan(
@@ -171,7 +114,7 @@ def make_plan(
     fits = None if limit is None else needed_bytes(memory, host) <= limit
     epochs = wanted.images / data.num_samples if data else None
     gets = reads.total(epochs) if reads and epochs else None
-    plan = Plan(
+    return Plan(
         run=config.run,
         hardware=machine.hardware,
         workers=workers,
@@ -182,7 +125,7 @@ def make_plan(
         host=host,
         memory_limit=limit,
         fits=fits,
-        suggestions=list(_suggestions(config, workers, data, limit)) if limit and not fits else [],
+        suggestions=list(suggestions(config, workers, data, limit)) if limit and not fits else [],
         speed=speed,
         images_per_second=delivered,
         mfu=_mfu(config, speed, machine),
@@ -201,7 +144,6 @@ def make_plan(
         currency=machine.prices.currency if machine.prices else "",
         limits=_limits(config, rate, decodable, bounded, memory, host, limit, commit, writes),
     )
-    return plan
 
 
 def _mfu(config: RunConfig, speed: Speed | None, machine: Machine) -> float | None:
@@ -277,35 +219,3 @@ def _limits(
     if writes.commits > 1000:
         said.append(f"{writes.commits:,} commits; raise train.checkpoint_every_images for fewer")
     return said
-
-
-def _suggestions(config: RunConfig, workers: int, data: DatasetIndex | None, limit: int) -> Iterator[str]:
-    """The largest microbatch that fits in each mode of recomputation, the least recomputation first; then
-    with the state of the run shared by all workers, if it is not."""
-    for shard in dict.fromkeys((config.compute.shard_workers, None)):
-        for mode in MODES:
-            images = _largest_microbatch(config, workers, data, limit, mode, shard)
-            if images is None:
-                continue
-            settings = {"activation_checkpointing": mode, "microbatch_size": images, "shard_workers": shard}
-            changed = [
-                f"--set compute.{name}={'null' if value is None else value}"
-                for name, value in settings.items()
-                if value != getattr(config.compute, name)
-            ]
-            yield " ".join(changed)
-
-
-def _largest_microbatch(
-    config: RunConfig, workers: int, data: DatasetIndex | None, limit: int, mode: str, shard: int | None
-) -> int | None:
-    share = rank_images(config, workers)
-    sizes = sorted({-(-share // parts) for parts in (2**power for power in range(share.bit_length() + 1))})
-    for images in reversed(sizes):
-        changed = {"activation_checkpointing": mode, "microbatch_size": images, "shard_workers": shard}
-        values = config.model_dump(mode="json")
-        candidate = make_config({**values, "compute": values["compute"] | changed})
-        need = needed_bytes(training_memory(candidate, workers), host_memory(candidate, workers, data))
-        if need <= limit:
-            return int(images)
-    return None

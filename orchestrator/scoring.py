@@ -13,10 +13,10 @@ import ray
 from mlflow.entities import Metric
 from pydantic import BaseModel, ConfigDict
 
+from orchestrator.fitting import needed_bytes
 from orchestrator.host_memory import host_memory
 from orchestrator.job import JobSpec, run_head, run_url
 from orchestrator.past_runs import PastRun, as_past_run, forecast, key_of, read_past_runs
-from orchestrator.planning import needed_bytes
 from orchestrator.tracking import Tracking, mlflow_errors
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex

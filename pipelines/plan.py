@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 from rich.console import Group
 from rich.table import Table
 
+from orchestrator.fitting import needed_bytes
+from orchestrator.machine import Machine
 from orchestrator.past_runs import PastRun
-from orchestrator.planning import Machine, Plan, make_plan, needed_bytes
+from orchestrator.planning import Plan, make_plan
 from orchestrator.speed import model_label
 from pipelines.pipeline.show import clock
 from workers.config import RunConfig

@@ -10,7 +10,7 @@ from pipelines.terminal import AsJson, Config, DataRoot, Overrides, SiteFile, co
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestrator.planning import Machine
+    from orchestrator.machine import Machine
     from workers.config import RunConfig
 
 
@@ -58,8 +58,8 @@ def plan(
     where = site_if_any(site)
     from dataclasses import replace
 
+    from orchestrator.machine import read_prices
     from orchestrator.past_runs import read_past_runs
-    from orchestrator.planning import read_prices
     from orchestrator.speed import Speed
     from pipelines import pretrain
     from pipelines.plan import as_table, plan_run
@@ -98,7 +98,7 @@ def _workers(run: "RunConfig", asked: int | None) -> int:
 
 
 def _machine(run: "RunConfig", gpu: str | None, memory_gb: float | None, tflops: float | None) -> "Machine":
-    from orchestrator.planning import Machine, usable_bytes
+    from orchestrator.machine import Machine, usable_bytes
     from workers.gpus import GPUS, find_gpu
     from workers.hardware_label import cpu_label
 

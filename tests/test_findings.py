@@ -138,7 +138,7 @@ def test_the_doctor_looks_at_everything_over_tls(services, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         found = {(item["check"], item["where"]): item for item in json.loads(done.stdout)}
         assert found["TLS", f"Ray {url}"]["found"] == "https"
-        assert found["Ray's token", url]["found"] == "without a token 401, with a wrong one 403"
+        assert found["Ray's token", url]["found"] == "without a token 401, with a wrong token 403"
         checks = {check for check, _ in found}
         assert {"MLflow", "store", "store, runs", "version", "clock", "disk"} <= checks
         assert {item["state"] for item in found.values()} <= {"ok", "warning"}

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from orchestrator.machine import Machine, Prices, read_prices
 from orchestrator.past_runs import (
     FEWEST,
     PastRun,
@@ -20,7 +21,7 @@ from orchestrator.past_runs import (
     key_of,
     read_past_runs,
 )
-from orchestrator.planning import Machine, Plan, Prices, make_plan, read_prices
+from orchestrator.planning import Plan, make_plan
 from orchestrator.speed import Speed
 from orchestrator.writes import commit_writes
 from pipelines.cli import app

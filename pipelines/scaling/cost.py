@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.speed import FORWARD_SHARE, Speed, model_label, work_seconds
+from orchestrator.speed import FORWARD_SHARE, Speed, model_label, num_evaluations, work_seconds
 from pipelines.scaling.hardware import Hardware
 from pipelines.scaling.rungs import Rung
 from workers.models.memory import training_memory
@@ -40,7 +40,7 @@ def rung_cost(rung: Rung, hardware: Hardware, num_validation: int, measured: Map
     speed = measured.get(model_label(config)) or hardware.speed(config)
     seconds = price = None
     if speed is not None:
-        evaluations = max(1, rung.images_trained // config.train.eval_every_images)
+        evaluations = num_evaluations(config, rung.images_trained)
         seconds = hardware.start_seconds + work_seconds(
             rung.images_trained, evaluations, num_validation, speed.images_per_second, workers
         )
