@@ -29,7 +29,7 @@ from ray._private import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.errors import VitscaleError
-from workers.storage import NotFound, open_store
+from workers.storage import open_store
 
 MARK = "vitscale-node-facts "
 PACKAGES = ("vitscale", "ray", "torch", "webdataset", "boto3")
@@ -61,10 +61,7 @@ class Probe:
             "host": socket.gethostname(),
             "python": platform.python_version(),
             "packages": {name: version(name) for name in PACKAGES},
-            "cpus": len(os.sched_getaffinity(0)),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "shared_memory": shared.total if shared else 0,
-            "shared_memory_free": shared.free if shared else 0,
             "disk_free": shutil.disk_usage(tempfile.gettempdir()).free,
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "gpus": _gpus(),
@@ -75,7 +72,7 @@ class Probe:
         found: dict[str, Any] = {}
         try:
             next(iter(open_store(data).list("")), None)
-        except (VitscaleError, NotFound) as error:
+        except VitscaleError as error:
             found["data"] = str(error)
         key = f"probe/{secrets.token_hex(8)}"
         try:

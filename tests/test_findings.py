@@ -33,7 +33,6 @@ def node(name: str, others: list[str]) -> dict:
         "python": "3.11.7",
         "packages": dict(HERE),
         "shared_memory": 8 << 30,
-        "shared_memory_free": 8 << 30,
         "disk_free": 100 << 30,
         "open_files": 65536,
         "gpus": [dict(GPU)],
