@@ -101,4 +101,4 @@ class JobProgress:
         )
         parts = [form.format(self._values[name]) for name, form in shown if name in self._values]
         last = ["last evaluation and commit"] if sum(self._seen.values()) >= self._total else []
-        return "  ".join(parts + last)
+        return "  ".join(parts + last) or "waiting for the first steps"
