@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MLFLOW = "mlflow:"
 JOINT = "chinchilla"
+SHAPE = "shape"
 
 
 def fit(
@@ -25,7 +26,7 @@ def fit(
         str,
         typer.Option(
             help="In one variable: ensemble, m1, m2, m3, zhai, bnsl1, bnsl2. Best loss by compute: frontier. "
-            "In size and data: chinchilla."
+            "In size and data: chinchilla. In a dimension of the shape (--size) and FLOPs: shape."
         ),
     ] = "ensemble",
     x: Annotated[str | None, typer.Option(help="Column of images seen, tokens or compute.")] = None,
@@ -40,7 +41,9 @@ def fit(
         str | None, typer.Option(help="Column whose values fit, train or 1 mark points that laws may see.")
     ] = None,
     seed: Annotated[str | None, typer.Option(help="Column of the seed; whole seeds are resampled.")] = None,
-    size: Annotated[str | None, typer.Option(help="Column of parameters, or GFLOPs per image.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Column of parameters, GFLOPs per image, or a dimension of the shape.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Column of tokens or images seen.")] = None,
     flops: Annotated[
         str | None, typer.Option(help="Column of training FLOPs, where none says how much data.")
@@ -77,7 +80,7 @@ def fit(
     against: Annotated[
         str | None, typer.Option(help="More estimators for --backtest: m2, m3, m4, zhai, bnsl1. Minutes.")
     ] = None,
-    bootstraps: Annotated[int, typer.Option(min=20, help="Of a law in size and data.")] = 1000,
+    bootstraps: Annotated[int, typer.Option(min=20, help="Of a law in two variables.")] = 1000,
     by_model: Annotated[
         bool,
         typer.Option(
@@ -119,6 +122,12 @@ def fit(
             backtest, next_run, plot, as_json,
         )  # fmt: skip
         return
+    if law == SHAPE:
+        _fit_shapes(
+            table, columns, exclude_largest, bootstraps, budget or [], confidence, extrapolate, backtest,
+            plot, as_json,
+        )  # fmt: skip
+        return
     _fit_curves(
         table, columns, exclude_largest, law, predict or [], confidence, extrapolate, backtest, against,
         break_even, plot, out, as_json,
@@ -146,7 +155,7 @@ def _fit_curves(
     from pipelines.scaling.measured import curves_of, frontier_of
 
     if law not in LAWS:
-        raise ConfigError(f"--law {law}: expected one of {', '.join((*LAWS, JOINT))}")
+        raise ConfigError(f"--law {law}: expected one of {', '.join((*LAWS, JOINT, SHAPE))}")
     others = against.split(",") if against else []
     for name in others:
         if name not in (*ESTIMATORS, M4):
@@ -213,6 +222,42 @@ def _fit_runs(
         typer.echo(json.dumps(joint_json(report), allow_nan=False))
         return
     console.print(joint_tables(report))
+
+
+def _fit_shapes(
+    table: "Table",
+    columns: "Columns",
+    exclude_largest: int,
+    bootstraps: int,
+    budgets: list[float],
+    confidence: float,
+    extrapolate: bool,
+    backtest: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    from pipelines.scaling.measured import shape_of
+    from pipelines.scaling.shape_report import report_shapes, shape_json, shape_tables
+
+    points = shape_of(table, columns, exclude_largest)
+    with bar("bootstrap") as progress:
+        report = report_shapes(
+            points,
+            bootstraps=bootstraps,
+            budgets=budgets,
+            confidence=confidence,
+            extrapolate=extrapolate,
+            backtest=backtest,
+            progress=progress,
+        )
+    if plot is not None:
+        from pipelines.scaling.plots import draw_shapes, write_figure
+
+        write_figure(draw_shapes(report), plot)
+    if as_json:
+        typer.echo(json.dumps(shape_json(report), allow_nan=False))
+        return
+    console.print(shape_tables(report))
 
 
 def _families(text: str) -> tuple[str, str]:

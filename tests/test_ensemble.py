@@ -71,3 +71,13 @@ def test_forms_give_their_own_curves_back(name, curve):
     np.testing.assert_allclose(law.predict(LATER), curve(LATER / 1e9), rtol=2e-2)
     found = law.forecast(LATER)
     assert (found.low < found.median).all() and (found.median < found.high).all()
+
+
+def test_few_points_are_trusted_less_than_their_own_spread_says():
+    y = 0.1 + 0.3 * (X / 1e9) ** -0.5
+    few, many = fit_ensemble(X[::10], y[::10]), fit_ensemble(X, y)
+    assert (few.freedom, many.freedom) == (1, 37)
+    for law, least, most in ((few, 3.5, 4.0), (many, 1.02, 1.04)):  # Student's t over the normal, at 90 %
+        found = law.forecast(LATER, 0.9)
+        width = np.log(found.high / found.median) / (1.645 * found.log_sd)
+        assert (width > least).all() and (width < most).all()

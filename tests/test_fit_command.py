@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.tracking import connect
 from pipelines.cli import app
 from workers.errors import ConfigError, DataError
 
@@ -184,6 +185,110 @@ def test_break_even_of_families_on_every_task(tmp_path):
     assert all(0 <= one["never"] <= 1 and one["sentence"] for one in found)
     with pytest.raises(ConfigError, match="no two curves differ in these words alone"):
         fit(path, "--break-even", "ViT,MLP")
+
+
+def test_break_even_has_a_panel_of_its_own_in_the_plot(tmp_path):
+    path = write(tmp_path / "curves.csv", learning_curves())
+    fit(path, "--break-even", "ViT,BiT", "--plot", tmp_path / "c.svg")
+    drawn = (tmp_path / "c.svg").read_text()
+    assert drawn.count("break-even; none: ") == 2
+    assert drawn.count("birds ViT") == 2  # its own panel's title, the other's legend
+
+
+def test_a_curve_too_short_to_be_halved_is_tried_without_its_largest_x(tmp_path):
+    rows = [{"x": x, "loss": 0.1 + 1 / x} for x in (10, 11, 12, 13, 14)]
+    found = json.loads(fit(write(tmp_path / "points.csv", rows), "--backtest", "--json"))["backtest"]
+    assert found.keys() == {"largest x left out"}
+    assert found["largest x left out"]["tasks"] == 1
+
+
+def star(noise=0.003):
+    """A star sweep with a centre of 384 wide and 6 deep, as a study's points are."""
+    rng = np.random.default_rng(1)
+    arms = [(width, 6) for width in (192, 288, 384, 576, 768, 1152)] + [(384, depth) for depth in (3, 12)]
+    return [
+        {"width": width, "depth": depth, "mlp": 1536, "total_flops": t, "end": True, "selected": True}
+        | {"error": float(star_loss(width, t) * np.exp(rng.normal(0, noise)) * (1 + abs(depth - 6) / 20))}
+        for width, depth in arms
+        for t in np.geomspace(1e15, 1e18, 8)
+    ]
+
+
+def star_loss(width, flops):
+    x, t = width / 400, flops / 3e16
+    return 0.3 * x**-0.5 + (0.15 * x**0.6 + 0.2) * t**-0.3 + 0.1
+
+
+def test_the_best_width_of_a_budget_from_a_star_sweep(tmp_path):
+    path = write(tmp_path / "points.parquet", star())
+    options = ("--law", "shape", "--size", "width", "--bootstraps", 60, "--budget", "1e17", "--backtest")
+    found = json.loads(fit(path, *options, "--json", "--plot", tmp_path / "w.svg"))
+    assert (found["shape"], found["flops"], found["y"]) == ("width", "total_flops", "error")
+    assert found["runs"] == 48 and "16 rows that are not of depth 6, mlp 1536" in found["notes"][0]
+    widths = np.geomspace(100, 10_000, 4000)
+    truth = widths[star_loss(widths, 1e17).argmin()]
+    best = found["predictions"][0]
+    assert best["low"] < truth < best["high"] and best["low"] < best["best"] < best["high"]
+    assert found["parameters"]["s"] == pytest.approx(0.3 / 1.1, abs=3 * found["standard_errors"]["s"] + 0.01)
+    score = found["backtest"][0]
+    assert score["later"] > 0 and score["rmsle"] < score["naive"] / 3
+    assert "best value" in (tmp_path / "w.svg").read_text()
+    assert "grows as t^s" in fit(path, *options)
+
+
+def test_a_shape_that_always_helps_has_no_best_value(tmp_path):
+    rows = [row | {"error": 0.1 + 30 / row["width"] + row["total_flops"] ** -0.1} for row in star()]
+    path = write(tmp_path / "points.csv", [row for row in rows if row["depth"] == 6])
+    found = json.loads(fit(path, "--law", "shape", "--size", "width", "--bootstraps", 20, "--json"))
+    assert all(one["best"] is None or one["best"] > 1152 for one in found["predictions"])
+    assert all(one["inside"] == 0 for one in found["predictions"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--size", "depth"), "different value"),
+        ((), "name the dimension's column"),
+        (("--size", "width", "--budget", "1e20"), "--extrapolate"),
+    ],
+)
+def test_what_a_star_cannot_say_is_refused(tmp_path, options, said):
+    path = write(tmp_path / "points.parquet", star())
+    with pytest.raises((ConfigError, DataError), match=said):
+        fit(path, "--law", "shape", *options)
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
+def test_an_mlflow_experiment_is_read(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = connect(uri)
+    experiment = client.create_experiment("pretrain")
+    for x, status in (
+        (1e3, "FINISHED"),
+        (2e3, "FINISHED"),
+        (4e3, "FINISHED"),
+        (8e3, "FINISHED"),
+        (9e3, "FAILED"),
+    ):
+        run = client.create_run(experiment, tags={"vitscale.run": f"a-{x:.0f}"}).info.run_id
+        client.log_param(run, "model.size", "ti")
+        client.log_metric(run, "images_seen", x)
+        client.log_metric(run, "val_loss", 0.1 + 50 / x)
+        client.set_terminated(run, status)
+    site = tmp_path / "site.yaml"
+    services = {
+        "ray": "http://127.0.0.1:1",
+        "mlflow": uri,
+        "data": tmp_path.as_uri(),
+        "runs": tmp_path.as_uri(),
+    }
+    site.write_text(json.dumps(services))
+    found = json.loads(
+        fit("mlflow:pretrain", "--y", "val_loss", "--curve", "model.size", "--site", site, "--json")
+    )
+    assert [(one["curve"], one["points"]) for one in found["curves"]] == [("ti", 4)]
+    with pytest.raises(ConfigError, match=r"no experiment nowhere; it has .*pretrain"):
+        fit("mlflow:nowhere", "--site", site)
 
 
 def test_the_frontier_is_what_compute_bought_and_rows_can_be_left_out(tmp_path):

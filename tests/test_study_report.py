@@ -74,7 +74,7 @@ def study(
 def few_bootstraps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.scaling.analysis.BOOTSTRAPS", 40)
-        patch.setattr("pipelines.scaling.joint_report.BACKTEST_BOOTSTRAPS", 20)
+        patch.setattr("pipelines.scaling.joint_report.BOOTSTRAPS", 20)
         yield
 
 

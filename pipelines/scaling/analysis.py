@@ -181,7 +181,7 @@ def forecast_run(law: Ensemble, x: Floats, images: int, confidence: float) -> Fo
     closer to their law than chance among the images allows to expect."""
     median = law.predict(x)
     chance = np.maximum(1 - median, 0.0) / (median * images)
-    return forecast(median, law.curve_variance(x) + np.maximum(law.noise**2, chance), confidence)
+    return forecast(median, law.curve_variance(x) + np.maximum(law.noise**2, chance), confidence, law.freedom)
 
 
 def _held(curve: Curve, images: int, confidence: float) -> tuple[float, Forecast] | None:

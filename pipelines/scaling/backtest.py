@@ -1,8 +1,8 @@
 """Backtests: laws fitted to the beginning of curves and held against their ends.
 
-A forecast is believed as far as such forecasts were right before. Every curve is cut at x_max / 2 and x_max /
-4; points that the data themselves hold out (a column `split`) are a third test, on which nothing was ever
-chosen.
+A forecast is believed as far as such forecasts were right before. Every curve is cut before its largest x, at
+x_max / 2 and at x_max / 4; points that the data themselves hold out (a column `split`) are a test on which
+nothing was ever chosen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,8 @@ from pipelines.scaling.frontier import FRONTIER, fit_frontier
 from pipelines.scaling.intervals import CONFIDENCE
 from pipelines.scaling.posterior import Family, fit_posterior
 
-CUTS = {"x_max/2": 2.0, "x_max/4": 4.0, "x_max/10": 10.0}
+LAST = "largest x left out"
+CUTS = {LAST: 1.0, "x_max/2": 2.0, "x_max/4": 4.0, "x_max/10": 10.0}
 """The last of frontiers alone."""
 HELD = "held out"
 DECIMALS = 1000
@@ -133,7 +134,7 @@ def tasks_of(curves: Sequence[Curve]) -> dict[str, list[Task]]:
 
 
 def _cut(curve: Curve, times: float) -> Task | None:
-    early = curve.x <= curve.x[-1] / times
+    early = (curve.x < curve.x[-1]) & (curve.x <= curve.x[-1] / times)
     if times > curve.max_cut or len(np.unique(curve.x[early])) < MIN_SCALES:
         return None
     return Task(

@@ -13,6 +13,7 @@ from pipelines.scaling.backtest import (
     DEFAULT,
     ESTIMATORS,
     HELD,
+    LAST,
     M4,
     QUICK,
     Law,
@@ -244,7 +245,7 @@ def _forecasts(fit: CurveFit) -> list[str]:
 
 
 def _score_table(report: CurveReport, cut: str) -> Table:
-    what = "held-out points" if cut == HELD else f"fitted to x <= {cut}"
+    what = {HELD: "held-out points", LAST: LAST}.get(cut, f"fitted to x <= {cut}")
     table = Table(
         "\nestimator",
         "\nRMSLE",

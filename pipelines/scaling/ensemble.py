@@ -26,6 +26,8 @@ SEED = 0
 class Ensemble:
     posteriors: tuple[Posterior, Posterior]
     x_max: float
+    freedom: int
+    """Of Student's t: distinct x beyond the three parameters of each family, at least 1."""
     resampled: tuple["Ensemble", ...] = ()
     """Fits to seeds drawn anew, where there are several: their spread is a part of the curve's variance."""
 
@@ -56,7 +58,7 @@ class Ensemble:
         return np.asarray(total)
 
     def forecast(self, x: Floats, confidence: float = CONFIDENCE) -> Forecast:
-        return forecast(self.predict(x), self.curve_variance(x) + self.noise**2, confidence)
+        return forecast(self.predict(x), self.curve_variance(x) + self.noise**2, confidence, self.freedom)
 
     def parameters(self) -> dict[str, tuple[float, float]]:
         """Mean and standard error by name, such as `P.k`; x counts in units of x_max."""
@@ -82,6 +84,7 @@ def fit_ensemble(x: Floats, y: Floats, seeds: NDArray[np.int64] | None = None) -
     return Ensemble(
         posteriors=(fit_posterior("P", x, y), fit_posterior("L", x, y)),
         x_max=float(x.max()),
+        freedom=max(1, len(np.unique(x)) - 3),
         resampled=tuple(_resampled(x, y, seeds)) if seeds is not None else (),
     )
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 
 from pipelines.scaling.curves import Floats
 from workers.errors import ConfigError
@@ -26,12 +26,16 @@ class Forecast:
     """Standard deviation of log loss."""
 
 
-def forecast(median: Floats, log_variance: Floats, confidence: float = CONFIDENCE) -> Forecast:
-    """Log-normal about the median."""
+def forecast(
+    median: Floats, log_variance: Floats, confidence: float = CONFIDENCE, freedom: int | None = None
+) -> Forecast:
+    """Log-normal about the median; with `freedom` Student's t in its place, as few points tell their own
+    noise badly."""
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.9")
     sd = np.sqrt(log_variance)
-    width = np.exp(float(ndtri((1 + confidence) / 2)) * sd)
+    tail = (1 + confidence) / 2
+    width = np.exp(float(ndtri(tail) if freedom is None else stdtrit(freedom, tail)) * sd)
     return Forecast(median=median, low=median / width, high=median * width, log_sd=sd)
 
 

@@ -13,25 +13,12 @@ from rich.table import Table
 from pipelines.scaling.allocate import HORIZON, Allocation, allocate, optimum
 from pipelines.scaling.curves import Floats
 from pipelines.scaling.joint import MIN_RUNS, JointFit, Runs, fit_joint
+from pipelines.scaling.later_runs import BOOTSTRAPS, LaterScore, later_table, score_later
 from pipelines.scaling.measured import JointPoints
 from pipelines.scaling.next_run import Candidate, grid, next_runs
 
-BACKTEST_BOOTSTRAPS = 100
 SHOWN = 5
 """Candidates for the next run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JointScore:
-    """A law fitted to smaller runs, held against larger ones."""
-
-    test: str
-    runs: int
-    later: int
-    rmsle: float
-    naive: float
-    """RMSLE of the smallest loss that was fitted, as a forecast of every later run."""
-    coverage: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +30,7 @@ class JointReport:
     allocations: list[Allocation]
     next: list[Candidate]
     """The best candidates for the next run; empty if none was asked for."""
-    backtest: list[JointScore]
+    backtest: list[LaterScore]
     skipped: list[str]
     """Backtests that the runs do not allow, and why."""
 
@@ -98,7 +85,7 @@ def report_runs(
     )
 
 
-def _backtest(points: JointPoints, compute: Floats, confidence: float) -> tuple[list[JointScore], list[str]]:
+def _backtest(points: JointPoints, compute: Floats, confidence: float) -> tuple[list[LaterScore], list[str]]:
     runs = points.runs
     tests = {
         "largest size left out": runs.size < runs.size.max() * (1 - 1e-3),
@@ -116,19 +103,11 @@ def _backtest(points: JointPoints, compute: Floats, confidence: float) -> tuple[
     return scores, skipped
 
 
-def _score(name: str, runs: Runs, early: np.ndarray, confidence: float) -> JointScore:
+def _score(name: str, runs: Runs, early: np.ndarray, confidence: float) -> LaterScore:
     before, later = runs.take(early), runs.take(~early)
-    fit = fit_joint(before, bootstraps=BACKTEST_BOOTSTRAPS)
+    fit = fit_joint(before, bootstraps=BOOTSTRAPS)
     found = fit.forecast(later.size, later.data, later.unique, confidence)
-    inside = (found.low <= later.loss) & (later.loss <= found.high)
-    return JointScore(
-        test=name,
-        runs=len(before),
-        later=len(later),
-        rmsle=float(np.sqrt(np.mean((np.log(found.median) - np.log(later.loss)) ** 2))),
-        naive=float(np.sqrt(np.mean((np.log(before.loss.min()) - np.log(later.loss)) ** 2))),
-        coverage=float(inside.mean()),
-    )
+    return score_later(name, before.loss, found, later.loss)
 
 
 def joint_json(report: JointReport) -> dict[str, Any]:
@@ -170,7 +149,7 @@ def joint_tables(report: JointReport) -> Group:
         parts.append(_allocation_table(report))
     parts += [f"next run: {report.next[0].reason}"] if report.next else []
     if report.backtest:
-        parts.append(_score_table(report))
+        parts.append(later_table(report.backtest, report.confidence))
     return Group(*parts, *report.skipped)
 
 
@@ -198,26 +177,4 @@ def _allocation_table(report: JointReport) -> Table:
         )
     if any(one.beyond_backtests for one in report.allocations):
         table.caption = "* beyond what backtests reach: the intervals were never tried so far out"
-    return table
-
-
-def _score_table(report: JointReport) -> Table:
-    table = Table(
-        "\nbacktest",
-        "\nfitted",
-        "\nlater",
-        "\nRMSLE",
-        "RMSLE of the\nlowest loss",
-        f"coverage\nof nominal {report.confidence:.0%}",
-        box=None,
-    )
-    for score in report.backtest:
-        table.add_row(
-            score.test,
-            str(score.runs),
-            str(score.later),
-            f"{score.rmsle:.4f}",
-            f"{score.naive:.4f}",
-            f"{score.coverage:.0%}",
-        )
     return table

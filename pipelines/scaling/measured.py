@@ -7,6 +7,7 @@ import numpy as np
 from pipelines.scaling.curves import Curve, Floats, make_curve
 from pipelines.scaling.frontier import FRONTIER, MAX_FRONTIER_CUT, is_best
 from pipelines.scaling.joint import Runs
+from pipelines.scaling.shape import ShapeRuns
 from pipelines.scaling.table import Table
 from workers.errors import ConfigError, DataError
 
@@ -15,6 +16,8 @@ FLOPS = 6.0
 FLOPS_OF_GFLOPS = 3e9
 """Of training, per forward GFLOP and image."""
 SHOWN = 5
+AXES = ("depth", "width", "mlp")
+"""Columns of a star sweep: where one of them is what varies, the others stay at the centre."""
 OWN_MARKS = ("end", "selected")
 """Columns of a study's points (points.py)."""
 
@@ -61,6 +64,16 @@ class JointPoints:
     """Losses that were left out."""
     flops_factor: float
     """Training FLOPs are this times size times data."""
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapePoints:
+    runs: ShapeRuns
+    shape: str
+    flops: str
+    y: str
+    """Columns."""
     notes: list[str]
 
 
@@ -160,6 +173,44 @@ def joint_of(table: Table, columns: Columns, exclude_largest: int = 0) -> JointP
         flops_factor=factor,
         notes=notes,
     )
+
+
+def shape_of(table: Table, columns: Columns, exclude_largest: int = 0) -> ShapePoints:
+    """Runs in one dimension of the shape, `--size`, and FLOPs. Of a star sweep the arm of that dimension."""
+    if columns.size is None:
+        raise ConfigError("--law shape: name the dimension's column, such as --size width")
+    shape = table.column("--size", columns.size)
+    flops, y = table.need("flops", columns.flops), table.need("y", columns.y)
+    notes = list(table.notes)
+    table, lost = _without_unfinished(table)
+    notes += lost
+    table, lost = _without_missing(table, (shape, flops, y))
+    notes += lost
+    table, lost = _arm(table, shape)
+    notes += lost
+    losses, said = _losses(table, y, columns.accuracy)
+    notes += said
+    kept, said = _without_largest(losses, exclude_largest)
+    notes += said
+    runs = ShapeRuns(shape=table.numbers(shape)[kept], flops=table.numbers(flops)[kept], loss=losses[kept])
+    return ShapePoints(runs=runs, shape=shape, flops=flops, y=y, notes=notes)
+
+
+def _arm(table: Table, shape: str) -> tuple[Table, list[str]]:
+    """Without the rows whose other dimensions are not those that most values of this one were tried with."""
+    others = [axis for axis in AXES if axis in table.columns and axis != shape]
+    if shape not in AXES or not others:
+        return table, []
+    rows = list(zip(*(table.columns[axis] for axis in others), strict=True))
+    tried: dict[tuple[object, ...], set[object]] = {}
+    for row, value in zip(rows, table.columns[shape], strict=True):
+        tried.setdefault(row, set()).add(value)
+    centre = max(tried, key=lambda row: len(tried[row]))
+    gone = [number for number, row in enumerate(rows) if row != centre]
+    if not gone:
+        return table, []
+    at = ", ".join(f"{axis} {value}" for axis, value in zip(others, centre, strict=True))
+    return table.without(gone), [f"{len(gone)} rows that are not of {at} are left out"]
 
 
 def _units(size: str) -> tuple[float, float, list[str]]:
