@@ -480,6 +480,13 @@ def test_a_destination_inside_of_the_source_is_refused(photos):
     assert sorted(path.name for path in root.iterdir()) == ["cat", "dog"]
 
 
+def test_a_folder_named_like_the_built_in_digits_may_hold_the_destination(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    report = ingest("digits", (tmp_path / "digits" / "out").as_uri(), limit=40)
+    assert report.format == "digits"
+
+
 def test_an_index_beside_the_images_is_no_class(photos, store_url):
     root = photos(cat=8, dog=8)
     (root / "_vitscale" / "samples").mkdir(parents=True)

@@ -22,7 +22,7 @@ from pipelines.ingest.plan import SHOWN, Plan, PlanOptions, make_plan, sort, sou
 from pipelines.ingest.processes import map_in_processes
 from pipelines.ingest.report import IngestReport
 from pipelines.ingest.work import CLASSES, Marker, Work, clean, from_bytes, read_marker, rows_of, to_bytes
-from pipelines.sources import Item, Source, SourceOptions, open_source
+from pipelines.sources import Item, Source, SourceOptions, is_built_in, open_source
 from pipelines.sources.items import read_class_map
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
@@ -71,7 +71,8 @@ def ingest(
     numbers = None if class_map is None else read_class_map(class_map)
     how = SourceOptions(format, image_column, label_column, numbers, follow_links)
     store = open_store(destination)
-    _refuse_own_source(source, store.url)
+    if not is_built_in(str(source), how):
+        _refuse_own_source(source, store.url)
     last = read_marker(store)
     found = _limited(open_source(source, how), limit)
     options = {**asdict(plan_options), "resize": resize, "reencode": reencode, "quality": quality}

@@ -48,7 +48,7 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Sou
     if options.format is not None and options.format not in FORMATS:
         raise ConfigError(f"--format {options.format}: expected {', '.join(FORMATS)}")
     where = str(source) if is_remote(str(source)) else str(source).removeprefix("file://")
-    if where == "digits" and options.format in (None, "digits"):
+    if is_built_in(where, options):
         return digits_source(Collector("digits", "digits", options.class_map))
     check_exists(where)
     file = find(where)
@@ -56,6 +56,11 @@ def open_source(source: str | Path, options: SourceOptions | None = None) -> Sou
     kind = options.format or (_kind_of_file(file) if file else _kind_of_folder(where, files))
     collector = Collector(where.rstrip("/"), kind, options.class_map)
     return _open(collector, kind, file, files, where, options)
+
+
+def is_built_in(source: str, options: SourceOptions) -> bool:
+    """It is no place: a folder of that name has nothing to do with it."""
+    return source == "digits" and options.format in (None, "digits")
 
 
 def _listed(where: str, options: SourceOptions) -> list[File]:
