@@ -1,0 +1,191 @@
+"""Every route of every service, asked without a credential, with a wrong one, and with the right one."""
+
+import contextlib
+import http.client
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from orchestrator.processes import State
+from orchestrator.site import Site
+from tests.chaos.tracking import Mlflow
+from tests.routes import answer, answers, basic, bearer, routes_of
+from workers.storage import open_store
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
+
+RAY_PUBLIC = {("GET", "/api/gcs_healthz"), ("GET", "/api/healthz"), ("GET", "/api/local_raylet_healthz")}
+"""Whether it is well; and the page that asks for the token, which is no route of a table."""
+RAY_SLOW = ("profile", "traceback", "delay", "/test/dump")
+MLFLOW_PUBLIC = {
+    ("GET", "/health"),
+    ("GET", "/version"),
+    ("GET", "/api/3.0/mlflow/server-info"),
+    ("GET", "/ajax-api/3.0/mlflow/server-info"),
+    ("GET", "/static-files/1"),
+}
+USER, PASSWORD = "admin", "a-password-of-this-test"
+OTHER, OTHERS_PASSWORD = "somebody", "another-password-of-this-test"
+
+
+def test_every_route_of_ray_wants_the_token(services: Site) -> None:
+    assert services.ray_token_file is not None
+    token = services.ray_token_file.read_text().strip()
+    state = State.load(services.ray_token_file.parent).services["ray"]
+    agent = f"http://127.0.0.1:{state.ports['agent']}"
+    for base, routes in ((services.ray, routes_of("ray")), (agent, routes_of("ray-agent"))):
+        private = [route for route in routes if route not in RAY_PUBLIC]
+        assert ("POST", "/api/jobs/") in private or ("POST", "/api/job_agent/jobs/") in private
+        assert set(answers(base, private).values()) == {401}
+        assert set(answers(base, private, bearer("0" * 64)).values()) == {403}
+        harmless = [
+            (method, path)
+            for method, path in private
+            if method == "GET" and not any(word in path for word in RAY_SLOW)
+        ]
+        assert not {401, 403} & set(answers(base, harmless, bearer(token)).values())
+    assert answer(services.ray, "GET", "/api/jobs/", bearer(token)) == 200
+
+
+def test_ray_lets_nobody_join_without_the_token(services: Site, tmp_path: Path) -> None:
+    """Past the dashboard: the port at which nodes and drivers ask."""
+    assert services.ray_token_file is not None
+    token = services.ray_token_file.read_text().strip()
+    state = State.load(services.ray_token_file.parent).services["ray"]
+    code = (
+        "import sys; from ray._raylet import GcsClient\n"
+        "print('let in', len(GcsClient(address=sys.argv[1]).internal_kv_keys(b'', None, 60)))"
+    )
+
+    def asked(**environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, f"127.0.0.1:{state.ports['gcs']}"],
+            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    for stranger in (
+        asked(RAY_AUTH_MODE="disabled"),
+        asked(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
+    ):
+        assert stranger.returncode != 0 and "let in" not in stranger.stdout
+        assert "AuthenticationError" in stranger.stderr
+    assert "let in" in asked(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token).stdout
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """With basic-auth; its address and environment."""
+    tmp_path = tmp_path_factory.mktemp("mlflow-with-passwords")
+    config = tmp_path / "auth.ini"
+    config.write_text(
+        f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{tmp_path}/auth.db\n"
+        f"admin_username = {USER}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    secrets = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(config),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
+    }
+    server = Mlflow(tmp_path / "mlflow", "--app-name", "basic-auth", environment=secrets)
+    server.start()
+    yield server.uri, secrets
+    server.kill()
+
+
+def test_every_route_of_mlflow_wants_the_password(mlflow: tuple[str, dict[str, str]]) -> None:
+    uri, environment = mlflow
+    private = [route for route in routes_of("mlflow", environment) if route not in MLFLOW_PUBLIC]
+    assert len(private) > 200 and ("POST", "/api/2.0/mlflow/runs/create") in private
+    assert set(answers(uri, private).values()) == {401}
+    assert set(answers(uri, private, basic("nobody", "wrong")).values()) == {401}
+    assert answer(uri, *private[0], basic(USER, "wrong")) == 401
+    assert answer(uri, "GET", "/api/2.0/mlflow/experiments/get?experiment_id=0", basic(USER, PASSWORD)) == 200
+
+
+def test_a_user_of_mlflow_without_rights_reads_and_changes_nothing(
+    mlflow: tuple[str, dict[str, str]],
+) -> None:
+    uri, _ = mlflow
+    host = urlsplit(uri)
+    admin, other = basic(USER, PASSWORD), basic(OTHER, OTHERS_PASSWORD)
+
+    def call(who: dict[str, str], method: str, path: str, **body: object) -> tuple[int, dict]:
+        headers = {"Content-Type": "application/json", **who}
+        connection = http.client.HTTPConnection(host.hostname or "", host.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, f"/api/2.0/mlflow/{path}", json.dumps(body) if body else None, headers)
+            reply = connection.getresponse()
+            data = reply.read()
+        return reply.status, json.loads(data) if data.startswith(b"{") else {}
+
+    assert call(admin, "POST", "users/create", username=OTHER, password=OTHERS_PASSWORD)[0] == 200
+    experiment = call(admin, "POST", "experiments/create", name="private")[1]["experiment_id"]
+    run = call(admin, "POST", "runs/create", experiment_id=experiment)[1]["run"]["info"]["run_id"]
+    assert call(admin, "POST", "registered-models/create", name="toy")[0] == 200
+    forbidden = [
+        ("GET", f"experiments/get?experiment_id={experiment}", {}),
+        ("GET", f"runs/get?run_id={run}", {}),
+        ("POST", "runs/log-metric", {"run_id": run, "key": "val_accuracy", "value": 1.0, "timestamp": 1}),
+        ("POST", "runs/delete", {"run_id": run}),
+        ("GET", "registered-models/get?name=toy", {}),
+        ("POST", "registered-models/alias", {"name": "toy", "alias": "champion", "version": "1"}),
+        ("DELETE", "registered-models/delete", {"name": "toy"}),
+        ("PATCH", "users/update-admin", {"username": OTHER, "is_admin": True}),
+    ]
+    for method, path, body in forbidden:
+        assert call(other, method, path, **body)[0] == 403, path
+    assert call(other, "GET", "users/get?username=" + OTHER)[0] == 200
+
+
+def test_every_call_of_the_object_store_wants_the_key(services: Site) -> None:
+    open_store(f"{services.data}/routes").write("kept", b"kept")
+    bucket = urlsplit(services.data).netloc
+    keys = {"aws_access_key_id": "vitscale", "aws_secret_access_key": "0" * 40}
+    strangers = [
+        boto3.client("s3", endpoint_url=services.s3_endpoint, region_name="us-east-1", config=config, **given)
+        for config, given in (
+            (Config(signature_version=UNSIGNED), {}),
+            (Config(signature_version="s3v4"), keys),
+        )
+    ]
+    at = {"Bucket": bucket, "Key": "routes/kept"}
+    calls = [
+        ("list_buckets", {}),
+        ("create_bucket", {"Bucket": "routes-of-a-stranger"}),
+        ("delete_bucket", {"Bucket": bucket}),
+        ("list_objects_v2", {"Bucket": bucket}),
+        ("list_multipart_uploads", {"Bucket": bucket}),
+        ("get_object", at),
+        ("head_object", at),
+        ("put_object", {**at, "Body": b"changed"}),
+        ("put_object", {"Bucket": bucket, "Key": "routes/new", "Body": b"new"}),
+        ("copy_object", {**at, "CopySource": at}),
+        ("create_multipart_upload", at),
+        ("delete_object", at),
+        ("delete_objects", {"Bucket": bucket, "Delete": {"Objects": [{"Key": at["Key"]}]}}),
+    ]
+    for client in strangers:
+        for name, arguments in calls:
+            with pytest.raises(ClientError) as refused:
+                getattr(client, name)(**arguments)
+            code = refused.value.response["ResponseMetadata"]["HTTPStatusCode"]
+            # Without a signature Swift takes it for a call of its own interface, where nothing is at such a path.
+            assert code in ((403,) if client is strangers[1] else (400, 401, 403, 404, 405, 412)), (
+                name,
+                code,
+            )
+    store = open_store(f"{services.data}/routes")
+    assert [item.key for item in store.list()] == ["kept"] and store.read("kept") == b"kept"
