@@ -182,7 +182,7 @@ def test_every_call_of_the_object_store_wants_the_key(services: Site) -> None:
             with pytest.raises(ClientError) as refused:
                 getattr(client, name)(**arguments)
             code = refused.value.response["ResponseMetadata"]["HTTPStatusCode"]
-            # Without a signature Swift takes it for a call of its own interface, where nothing is at such a path.
+            # Without a signature Swift takes it for a call of its own interface: nothing is at such a path.
             assert code in ((403,) if client is strangers[1] else (400, 401, 403, 404, 405, 412)), (
                 name,
                 code,
