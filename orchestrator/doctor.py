@@ -4,6 +4,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from ray.job_submission import JobStatus
@@ -14,7 +15,8 @@ from orchestrator.node_facts import MARK, PACKAGES, version
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs
 from orchestrator.site import Site
 from orchestrator.tracking import connect, mlflow_errors
-from workers.errors import DataError, VitscaleError
+from orchestrator.webhook import read_address
+from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import open_store, probe
 
 NODES_SECONDS = 300.0
@@ -26,6 +28,8 @@ def examine(site: Site, mib: int) -> Iterable[Finding]:
     yield from ray
     yield from _tracking(site)
     yield from _store(site)
+    if site.webhook_file is not None:
+        yield _webhook(site.webhook_file)
     if any(finding.state == "problem" and finding.check == "Ray" for finding in ray):
         yield Finding("nodes", site.ray, "warning", "not looked at", "mend the way to Ray first")
         return
@@ -119,6 +123,15 @@ def _store(site: Site) -> Iterable[Finding]:
         yield Finding("store, runs", site.runs, "problem", problem, advice)
     else:
         yield Finding("store, runs", site.runs, "ok", "creates once, reads ranges, gives back what it got")
+
+
+def _webhook(file: Path) -> Finding:
+    """Nothing is sent to it."""
+    try:
+        host = urlsplit(read_address(file)).hostname or ""
+    except ConfigError as error:
+        return Finding("webhook", str(file), "problem", str(error), "ask the chat for the address again")
+    return Finding("webhook", host, "ok", "its file holds one address; nothing was sent there")
 
 
 def _anonymous(site: Site, url: str) -> int | None:

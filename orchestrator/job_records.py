@@ -6,6 +6,7 @@ Ray's name of one of them (stop, failure, note).
 
 import contextlib
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -76,7 +77,9 @@ def clear_reports(store: Store, job: str) -> None:
 
 def wish(store: Store, digest: str, *, running: bool) -> None:
     """What its user wants of a specification's job: that it gets done, or that it stops."""
-    store.write(_wish_key(digest), json.dumps({"running": running}).encode())
+    # Each wish that it gets done has an id of its own; a stop is the end of that wish.
+    wish_id = secrets.token_hex(4) if running else read_wish_id(store, digest)
+    store.write(_wish_key(digest), json.dumps({"running": running, "id": wish_id}).encode())
     if running:
         # A user's command counts anew, and does again what may have been undone since.
         store.delete(_done_key(digest))
@@ -94,6 +97,14 @@ def read_wish(store: Store, digest: str) -> bool | None:
         return bool(json.loads(store.read(_wish_key(digest)))["running"])
     except NotFound:
         return None
+
+
+def read_wish_id(store: Store, digest: str) -> str:
+    """Tells this wish from earlier and later ones of the same job; empty if there is none."""
+    try:
+        return str(json.loads(store.read(_wish_key(digest))).get("id", ""))
+    except NotFound:
+        return ""
 
 
 def is_wished(store: Store, digest: str) -> bool:
@@ -150,6 +161,31 @@ def write_restarts(store: Store, digest: str, restarts: Restarts) -> None:
     store.write(_restarts_key(digest), json.dumps(asdict(restarts)).encode())
 
 
+def write_told(store: Store, digest: str, event: str) -> None:
+    """The webhook was told of this event of a specification's job."""
+    with contextlib.suppress(AlreadyExists):
+        store.create(_told_key(digest, event), b"")
+
+
+def is_told(store: Store, digest: str, event: str) -> bool:
+    try:
+        store.head(_told_key(digest, event))
+    except NotFound:
+        return False
+    return True
+
+
+def last_noted(store: Store, digest: str) -> float:
+    """When something was last noted of a job, other than that it was told, by the store's clock, in seconds
+    since 1970."""
+    noted = 0.0
+    for item in list(store.list(f"jobs/{digest[:16]}")):
+        if not item.key.startswith(_told_key(digest, "")):
+            with contextlib.suppress(NotFound):
+                noted = max(noted, store.modified(item.key))
+    return noted
+
+
 def _wish_key(digest: str) -> str:
     return f"jobs/{digest}.wish.json"
 
@@ -160,6 +196,10 @@ def _restarts_key(digest: str) -> str:
 
 def _done_key(digest: str) -> str:
     return f"jobs/{digest}.done"
+
+
+def _told_key(digest: str, event: str) -> str:
+    return f"jobs/{digest}.told/{event}"
 
 
 def _stop_key(job: str) -> str:

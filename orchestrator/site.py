@@ -29,7 +29,7 @@ from workers.storage import join_url
 DEFAULT_SITE = Path(".vitscale/site.yaml")
 FILES = (
     *("aws_config_file", "aws_credentials_file", "ray_token_file"),
-    *("promotion_key_file", "promotion_public_key_file", "ca_file"),
+    *("promotion_key_file", "promotion_public_key_file", "ca_file", "webhook_file"),
 )
 """Fields that name one."""
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "SSL_CERT_FILE")
@@ -95,6 +95,8 @@ class Site(BaseModel):
     """Public keys of all who promote, in PEM; with it every reader refuses what none of them signed."""
     ca_file: FilePath | None = None
     """Certificates, in PEM, that vouch for these services instead of the usual authorities."""
+    webhook_file: FilePath | None = None
+    """Holds one https address, a secret, that is told when jobs are done, have failed or are stopped."""
     insecure: bool = False
     """Submit even to a Ray that asks for no token, or beyond the loopback without TLS."""
     autoscaling: bool = False
@@ -212,5 +214,5 @@ def _check_file(path: Path, field: str, file: Path | None) -> None:
     if field == "promotion_key_file" and mode & (stat.S_IRWXO | stat.S_IRWXG):
         raise ConfigError(f"{path}: field `{field}`: others can read {file}; run `chmod 600 {file}`")
     # Group bits are left alone: Kubernetes mounts a pod's secrets as root:fsGroup 0440.
-    if field in ("aws_credentials_file", "ray_token_file") and mode & stat.S_IRWXO:
+    if field in ("aws_credentials_file", "ray_token_file", "webhook_file") and mode & stat.S_IRWXO:
         raise ConfigError(f"{path}: field `{field}`: everybody can read {file}; run `chmod 600 {file}`")

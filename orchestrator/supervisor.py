@@ -14,9 +14,19 @@ from ray.job_submission import JobDetails
 
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, find_spec, list_runs, run_head
-from orchestrator.job_records import Restarts, is_done, is_wished, read_failure, read_restarts, write_restarts
+from orchestrator.job_records import (
+    Restarts,
+    is_done,
+    is_wished,
+    read_failure,
+    read_restarts,
+    read_wish,
+    read_wish_id,
+    write_restarts,
+)
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
+from orchestrator.webhook import End, webhook_of
 from workers.errors import DataError, VitscaleError
 from workers.storage import Unavailable, open_store
 
@@ -39,6 +49,7 @@ class Supervisor:
         """`job` is Ray's name for it, if it was started already."""
         self._site, self._spec = site, spec
         self._store = open_store(spec.runs)
+        self._webhook = webhook_of(site)
         self._cluster: Cluster | None = None
         self._not_before = 0.0
         self._judged = ""
@@ -50,7 +61,11 @@ class Supervisor:
         """Start the job if none runs. True once it is done; Stopped if that is no longer wished; what went
         wrong if it is of no use to try again. Waits for nothing; what is away for a while is in `note`."""
         try:
-            done, failure = self._look()
+            if self._webhook is not None:
+                self._webhook.begin(self._spec.runs)
+            done, failure = self._look_or_refuse()
+            if done or failure is not None:
+                self._announce(failure)
         except DataError as error:
             # Of the store or of Ray, and not of the job: they come back.
             self.note, self._cluster = str(error), None
@@ -58,6 +73,20 @@ class Supervisor:
         if failure is not None:
             raise failure
         return done
+
+    def _announce(self, failure: VitscaleError | None) -> None:
+        if self._webhook is not None:
+            end: End = "done" if failure is None else "stopped" if isinstance(failure, Stopped) else "failed"
+            self._webhook.tell(self._spec, self.job, end, str(failure or ""))
+
+    def _look_or_refuse(self) -> tuple[bool, VitscaleError | None]:
+        try:
+            return self._look()
+        except DataError:
+            raise
+        except VitscaleError as error:
+            # It cannot be started: Ray is open to everybody, or another command's job trains one of its runs.
+            return False, error
 
     def _look(self) -> tuple[bool, VitscaleError | None]:
         """Whether the job is done, and what it has failed of for good."""
@@ -120,28 +149,56 @@ def supervise(site: Site, runs: Sequence[str], tell: Callable[[str, str], None])
     if not runs:
         threading.Thread(target=_keep_aliases, args=(site, tell), name="aliases", daemon=True).start()
     watched: dict[str, Supervisor] = {}
-    ended: set[str] = set()
+    ended: dict[str, str] = {}
+    """By the digest, which wish of its user's that was; wished anew, a job is looked after anew."""
+    failed: set[str] = set()
     told: dict[str, str] = {}
-    failed = 0
-    while not runs or not watched or watched.keys() - ended:
-        for run in runs or list_runs(open_store(site.runs)):
+    store = open_store(site.runs)
+    while not runs or not watched or watched.keys() - ended.keys():
+        for run in runs or list_runs(store):
             spec = find_spec(site.runs, run)
-            if spec.digest in ended or not (runs or is_wished(open_store(site.runs), spec.digest)):
+            wish = read_wish_id(store, spec.digest)
+            if ended.get(spec.digest) == wish:
                 continue
-            supervisor = watched.setdefault(spec.digest, Supervisor(site, spec))
-            try:
-                done = supervisor.step()
-                text = "done" if done else supervisor.note or f"job {supervisor.job} runs"
-            except VitscaleError as error:
-                failed += not isinstance(error, Stopped)
-                done, text = True, str(error)
+            if ended.pop(spec.digest, None) is not None:
+                del watched[spec.digest]
+                failed.discard(spec.digest)
+            if spec.digest not in watched:
+                if not (runs or _is_ours(site, spec)):
+                    continue
+                watched[spec.digest] = Supervisor(site, spec)
+            text, error, done = _step(watched[spec.digest])
+            if error is not None and not isinstance(error, Stopped):
+                failed.add(spec.digest)
             if done:
-                ended.add(spec.digest)
+                ended[spec.digest] = wish
             if text != told.get(run):
                 told[run] = text
                 tell(run, text)
         time.sleep(TICK_SECONDS)
-    return failed
+    settle(site)
+    return len(failed)
+
+
+def settle(site: Site) -> None:
+    """Before this process ends: let the webhook be told what it is to be told, if it answers in time."""
+    if (webhook := webhook_of(site)) is not None:
+        webhook.settle()
+
+
+def _is_ours(site: Site, spec: JobSpec) -> bool:
+    """Of all runs those that are wished; with a webhook also those that were stopped, while nobody looked."""
+    wished = read_wish(open_store(site.runs), spec.digest)
+    return bool(wished) or (wished is False and site.webhook_file is not None)
+
+
+def _step(supervisor: Supervisor) -> tuple[str, VitscaleError | None, bool]:
+    """How it stands, what went wrong, whether that was the end."""
+    try:
+        done = supervisor.step()
+    except VitscaleError as error:
+        return str(error), error, True
+    return "done" if done else supervisor.note or f"job {supervisor.job} runs", None, done
 
 
 def _keep_aliases(site: Site, tell: Callable[[str, str], None]) -> None:

@@ -1,5 +1,6 @@
 """Train a configuration on the cluster and register the result; done work is found and not done again."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from orchestrator.job import JobSpec, name_runs, run_head, write_spec
 from orchestrator.job_records import unwish, wish
 from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
-from orchestrator.supervisor import Supervisor
+from orchestrator.supervisor import Supervisor, settle
 from orchestrator.versions import Version
 from pipelines.interrupts import Interrupts
 from pipelines.progress import JobProgress, Ticks
@@ -131,12 +132,16 @@ def run_job(
         console.print(f"  stopping {label}; the same command goes on from its last commit")
         wish(open_store(spec.runs), spec.digest, running=False)
         Cluster(site).stop(spec)
+        with contextlib.suppress(VitscaleError):
+            Supervisor(site, spec).step()  # sees that it has stopped, and tells of it
         raise
+    finally:
+        settle(site)
 
 
 def submit(site: Site, spec: JobSpec) -> Supervisor:
     """Start the job, or join it if it is running already; what keeps it alive from now on."""
-    store, cluster = open_store(spec.runs), Cluster(site)
+    store, cluster, supervisor = open_store(spec.runs), Cluster(site), Supervisor(site, spec)
     cluster.refuse_second_writer(spec)
     # In this order, whoever dies in between leaves nothing that runs and is not known, nor anything that is
     # wished and cannot be started by `vitscale supervise`.
@@ -144,11 +149,11 @@ def submit(site: Site, spec: JobSpec) -> Supervisor:
     name_runs(store, spec)
     wish(store, spec.digest, running=True)
     try:
-        job = cluster.start(spec)
+        supervisor.job = cluster.start(spec)
     except VitscaleError:
         unwish(store, spec.digest)
         raise
-    return Supervisor(site, spec, job)
+    return supervisor
 
 
 def _resolve(config: RunConfig) -> RunConfig:
