@@ -12,6 +12,7 @@ from orchestrator.job import JobSpec, write_spec
 from orchestrator.job_records import clear_reports
 from orchestrator.ray_jobs import ENDED, RayJobs, newest_job, next_job
 from orchestrator.site import Site
+from orchestrator.wheel import shipped
 from workers.errors import VitscaleError
 from workers.storage import open_store
 
@@ -38,7 +39,9 @@ class Cluster:
             write_spec(spec)
             clear_reports(open_store(spec.runs), job)
             names = ",".join(config.run for config in spec.configs)
-            self._jobs.submit("orchestrator.driver", [spec.runs, spec.digest, job], job, {RUNS: names})
+            arguments = [spec.runs, spec.digest, job]
+            with shipped(open_store(spec.runs), spec.wheel) as code:
+                self._jobs.submit("orchestrator.driver", arguments, job, {RUNS: names}, code)
         return job
 
     def newest(self, spec: JobSpec) -> tuple[str, JobDetails] | None:

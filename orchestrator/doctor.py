@@ -16,6 +16,7 @@ from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs
 from orchestrator.site import Site
 from orchestrator.tracking import connect, mlflow_errors
 from orchestrator.webhook import read_address
+from orchestrator.wheel import keep_wheel, shipped, site_wheel
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import open_store, probe
 
@@ -161,7 +162,10 @@ def _ask_nodes(site: Site, mib: int) -> list[dict[str, object]]:
     """DataError with the log's end if the job fails."""
     jobs = RayJobs(site)
     job = f"doctor-{secrets.token_hex(4)}"
-    jobs.submit("orchestrator.node_facts", [site.data, site.runs, str(mib)], job, {})
+    store, wheel = open_store(site.runs), site_wheel(site)
+    keep_wheel(store, site, wheel)
+    with shipped(store, wheel) as code:
+        jobs.submit("orchestrator.node_facts", [site.data, site.runs, str(mib)], job, {}, code)
     deadline = time.monotonic() + NODES_SECONDS
     while (details := jobs.details(job)).status not in ENDED:
         if time.monotonic() > deadline:

@@ -32,6 +32,7 @@ from orchestrator.registry import Registry
 from orchestrator.scoring import log_scores, write_plans
 from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
+from orchestrator.wheel import check_running
 from workers.config import RunConfig
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store, probe
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str]) -> int:
         address = os.environ["RAY_ADDRESS"]
         ray.init(address, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
         _stop_in_time(runs, job)
-        run_job(read_spec(runs, digest), job)
+        spec = read_spec(runs, digest)
+        check_running(spec.wheel)
+        run_job(spec, job)
     except Stopped as stopped:
         log.info("%s", stopped)
         return 1

@@ -37,7 +37,7 @@ def judge(
         found += [*_clock(node, where), *_machine(node, where), *_gpus(node, where)]
         found += _store(node, where, data, runs)
     alive = [node for node in nodes if "lost" not in node]
-    return [*_versions(alive, here), *found, *_network(alive)]
+    return [*_versions(alive, here), *_images(alive), *found, *_network(alive)]
 
 
 def _versions(nodes: Sequence[Mapping[str, Any]], here: Mapping[str, str | None]) -> Iterable[Finding]:
@@ -54,11 +54,32 @@ def _versions(nodes: Sequence[Mapping[str, Any]], here: Mapping[str, str | None]
             yield Finding("version", package, "problem", shown, advice)
         elif values == {"not installed"}:
             yield Finding("version", package, "problem", "not installed on the nodes", advice)
-        elif package in ("vitscale", "ray") and values != {here[package]}:
+        elif package in ("vitscale", "ray") and {_public(v) for v in values} != {
+            _public(here[package] or "")
+        }:
             found = f"{values.pop()} on the nodes, {here[package]} here"
             yield Finding("version", package, "problem", found, f"use one version of {package} on both sides")
         elif values:
             yield Finding("version", package, "ok", f"{values.pop()} on {_nodes(len(nodes))}")
+
+
+def _public(version: str) -> str:
+    """Without the part that tells builds apart."""
+    return version.partition("+")[0]
+
+
+def _images(nodes: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:
+    """Nodes with GPUs may have another than those without; those that say nothing are not judged."""
+    for kind, gpus in (("without GPUs", False), ("with GPUs", True)):
+        there = {
+            node["host"]: node["image"] for node in nodes if bool(node["gpus"]) is gpus and node["image"]
+        }
+        images = set(there.values())
+        if len(images) > 1:
+            shown = ", ".join(f"{image[:12]} on {host}" for host, image in sorted(there.items()))
+            yield Finding("image", kind, "problem", shown, "start all of them from one image, by its digest")
+        elif images:
+            yield Finding("image", kind, "ok", f"{images.pop()[:12]} on {_nodes(len(there))}")
 
 
 def _clock(node: Mapping[str, Any], where: str) -> Iterable[Finding]:

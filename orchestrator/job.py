@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from orchestrator.job_records import is_done, is_wished
+from orchestrator.wheel import Wheel
 from workers.config import RunConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError
@@ -42,6 +43,8 @@ class JobSpec(Part):
     the cluster has for one. Never more than that."""
     autoscaling: bool = False
     """The cluster adds nodes on demand: runs that do not fit wait for them."""
+    wheel: Wheel | None = None
+    """The code that the job brings with it; None: what is installed on the nodes."""
 
     @model_validator(mode="after")
     def _can_be_registered(self) -> Self:

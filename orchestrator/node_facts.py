@@ -28,6 +28,7 @@ import ray
 from ray._private import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from workers.code_digests import code_digests
 from workers.errors import VitscaleError
 from workers.storage import open_store
 
@@ -65,6 +66,7 @@ class Probe:
             "disk_free": shutil.disk_usage(tempfile.gettempdir()).free,
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             "gpus": _gpus(),
+            "image": code_digests().get("image", ""),
         }
 
     def store(self, data: str, runs: str, mib: int) -> dict[str, Any]:

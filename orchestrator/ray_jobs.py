@@ -5,6 +5,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -41,19 +42,28 @@ class RayJobs:
         with self.errors():
             return {job.submission_id: job for job in self._client.list_jobs() if job.submission_id}
 
-    def submit(self, module: str, arguments: Sequence[str], job: str, metadata: Mapping[str, str]) -> None:
+    def submit(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        job: str,
+        metadata: Mapping[str, str],
+        code: Mapping[str, Any],
+    ) -> None:
         """Start `module` on the cluster, unless a job of that name is there already.
 
-        ConfigError where others could do so, too."""
+        `code`: what its runtime environment has for the wheel that it brings. ConfigError where others could
+        start jobs, too."""
         refuse_exposed(self._site)
         # `python` and not this process's own: the cluster's nodes have theirs elsewhere.
         entrypoint = ["python", "-P", "-m", module, *arguments]
+        environment = self._site.settings() | JOB_ENVIRONMENT
         with self.errors():
             try:
                 self._client.submit_job(
                     entrypoint=shlex.join(entrypoint),
                     submission_id=job,
-                    runtime_env={"env_vars": self._site.settings() | JOB_ENVIRONMENT},
+                    runtime_env={**code, "env_vars": environment | code.get("env_vars", {})},
                     metadata=dict(metadata),
                 )
             except RuntimeError as error:

@@ -29,7 +29,7 @@ from workers.storage import join_url
 DEFAULT_SITE = Path(".vitscale/site.yaml")
 FILES = (
     *("aws_config_file", "aws_credentials_file", "ray_token_file"),
-    *("promotion_key_file", "promotion_public_key_file", "ca_file", "webhook_file"),
+    *("promotion_key_file", "promotion_public_key_file", "ca_file", "webhook_file", "wheel"),
 )
 """Fields that name one."""
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "SSL_CERT_FILE")
@@ -97,6 +97,8 @@ class Site(BaseModel):
     """Certificates, in PEM, that vouch for these services instead of the usual authorities."""
     webhook_file: FilePath | None = None
     """Holds one https address, a secret, that is told when jobs are done, have failed or are stopped."""
+    wheel: FilePath | None = None
+    """vitscale as jobs bring it with them; without it they run what is installed on the nodes."""
     insecure: bool = False
     """Submit even to a Ray that asks for no token, or beyond the loopback without TLS."""
     autoscaling: bool = False

@@ -22,6 +22,7 @@ from orchestrator.capacity import room
 from orchestrator.job_records import clear_reports, read_failure, write_failure
 from orchestrator.ray_jobs import ENDED, POLL_SECONDS, RayJobs, next_job
 from orchestrator.site import Site
+from orchestrator.wheel import Wheel, check_running, keep_wheel, shipped, site_wheel
 from workers.config import ComputeConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError, VitscaleError
@@ -52,6 +53,8 @@ class TaskSpec(Part):
     gpus: int = Field(default=0, ge=0)
     autoscaling: bool = False
     """The cluster adds nodes on demand."""
+    wheel: Wheel | None = None
+    """The code that the job brings with it; None: what is installed on the nodes."""
 
     def to_bytes(self) -> bytes:
         """Without defaults, so that a version that knows more fields means the same tasks."""
@@ -82,6 +85,7 @@ def map_on_cluster(
         cpus=cpus,
         gpus=gpus,
         autoscaling=site.autoscaling,
+        wheel=site_wheel(site),
     )
     digest = hashlib.sha256(spec.to_bytes()).hexdigest()
     store = open_store(site.runs)
@@ -95,7 +99,9 @@ def map_on_cluster(
             store.create(_spec_key(digest), spec.to_bytes())
         clear_reports(store, job)
         store.delete(_progress_key(job))
-        jobs.submit(module, [site.runs, digest, job], job, {WORK: work})
+        keep_wheel(store, site, spec.wheel)
+        with shipped(store, spec.wheel) as code:
+            jobs.submit(module, [site.runs, digest, job], job, {WORK: work}, code)
     try:
         _follow(site, jobs, job, done)
     except KeyboardInterrupt:
@@ -130,6 +136,7 @@ def main(arguments: Sequence[str], table: Table) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         spec = _read_spec(runs, digest, table)
+        check_running(spec.wheel)
         # Ray tells its jobs alone which cluster is theirs; its own helpers have to know it too.
         address = os.environ["RAY_ADDRESS"]
         ray.init(address, runtime_env={"env_vars": {"RAY_ADDRESS": address}})

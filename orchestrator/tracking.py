@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from orchestrator.job import JobSpec, is_complete, run_head, run_url
+from workers.code_digests import code_digests
 from workers.config import RunConfig
 from workers.errors import DataError, root_cause
 from workers.storage import Store, Unavailable, open_store
@@ -87,6 +88,12 @@ class Tracking:
                 if value is not None and name not in logged
             ]
             self.client.log_batch(run_id, params=entries)
+
+    def log_code(self, run_id: str) -> None:
+        """Digests of what runs now, where they are known; of a run that went on with other code the last."""
+        with mlflow_errors(self.name):
+            for name, digest in code_digests().items():
+                self.client.set_tag(run_id, f"vitscale.{name}", digest)
 
     def log_file(self, run_id: str, path: Path) -> None:
         with mlflow_errors(self.name):
@@ -206,6 +213,7 @@ class JobRuns:
                 continue
             run_id = tracking.open_run(config.run, parent=self._parent, tags=self._spec.tags)
             tracking.log_config(run_id, config)
+            tracking.log_code(run_id)
             if not is_complete(self._spec.runs, config):
                 tracking.resume(run_id)
             self.ids[config.run] = run_id

@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from orchestrator.job import check_name
 from orchestrator.tracking import mlflow_errors
+from workers.code_digests import VARIABLES
 from workers.errors import CheckpointError, ConfigError
 from workers.models.sizes import parse_size, size_text
 from workers.storage import Unavailable
@@ -137,6 +138,9 @@ def to_tags(manifest: Manifest, digest: str) -> dict[str, str]:
         "vitscale.image_size": size_text(manifest.model.image_size),
         "vitscale.objective": str(optim.get("loss", "")),
         "vitscale.parent": init.get("parent", ""),
+    }
+    tags |= {
+        f"vitscale.{name}": manifest.versions[name] for name in VARIABLES.keys() & manifest.versions.keys()
     }
     return tags | {f"metric.{name}": repr(value) for name, value in manifest.metrics.items()}
 

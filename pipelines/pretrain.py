@@ -16,6 +16,7 @@ from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor, settle
 from orchestrator.versions import Version
+from orchestrator.wheel import keep_wheel, site_wheel
 from pipelines.interrupts import Interrupts
 from pipelines.progress import JobProgress, Ticks
 from pipelines.recipes import RECIPES, read_facts
@@ -89,6 +90,7 @@ def make_spec(site: Site, runs: Sequence[tuple[RunConfig, str]], label: str) -> 
         register_as=models[0] if len(models) == 1 else None,
         register_each=models if len(models) > 1 else (),
         autoscaling=site.autoscaling,
+        wheel=site_wheel(site),
     )
 
 
@@ -143,6 +145,7 @@ def submit(site: Site, spec: JobSpec) -> Supervisor:
     """Start the job, or join it if it is running already; what keeps it alive from now on."""
     store, cluster, supervisor = open_store(spec.runs), Cluster(site), Supervisor(site, spec)
     cluster.refuse_second_writer(spec)
+    keep_wheel(store, site, spec.wheel)
     # In this order, whoever dies in between leaves nothing that runs and is not known, nor anything that is
     # wished and cannot be started by `vitscale supervise`.
     write_spec(spec)

@@ -16,6 +16,7 @@ from rich.console import Console
 from orchestrator.job import JobSpec, delete_job, is_complete, run_head, run_url
 from orchestrator.site import Site
 from orchestrator.tracking import Tracking
+from orchestrator.wheel import site_wheel
 from pipelines.pretrain import EXPERIMENT, run_job
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError
@@ -245,4 +246,5 @@ def _spec(site: Site, *configs: RunConfig) -> JobSpec:
         experiment=EXPERIMENT,
         tags={"vitscale.stage": "selftest"},
         autoscaling=site.autoscaling,
+        wheel=site_wheel(site),
     )

@@ -1,4 +1,5 @@
-"""As much of Kustomize as our overlays use: resources, namespace, images, JSON patches by kind and name."""
+"""As much of Kustomize as our overlays use: resources, namespace, JSON patches by kind and name, images,
+replacements."""
 
 import copy
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from typing import Any
 
 import yaml
 
-KNOWN = {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
+KNOWN = {"apiVersion", "kind", "namespace", "resources", "images", "patches", "replacements"}
 CLUSTER_WIDE = {"Namespace"}
 
 
@@ -23,17 +24,38 @@ def render(folder: Path) -> list[dict[str, Any]]:
         if item["kind"] not in CLUSTER_WIDE:
             item["metadata"]["namespace"] = file["namespace"]
     for change in file.get("patches", []):
-        target = change["target"]
-        (found,) = [
-            o for o in objects if (o["kind"], o["metadata"]["name"]) == (target["kind"], target["name"])
-        ]
         for operation in yaml.safe_load(change["patch"]):
-            _apply(found, operation)
+            _apply(_find(objects, change["target"]), operation)
     images = {image["name"]: f"{image['newName']}@{image['digest']}" for image in file.get("images", [])}
     for item in objects:
         for container in containers(item):
             container["image"] = images.get(container["image"], container["image"])
+    for change in file.get("replacements", []):
+        source = change["source"]
+        parent, last = _place(_find(objects, source), source["fieldPath"])
+        for target in change["targets"]:
+            for path in target["fieldPaths"]:
+                place, field = _place(_find(objects, target["select"]), path)
+                assert field in place, f"{path} is not there"
+                place[field] = parent[last]
     return objects
+
+
+def _find(objects: list[dict[str, Any]], target: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [o for o in objects if (o["kind"], o["metadata"]["name"]) == (target["kind"], target["name"])]
+    return found
+
+
+def _place(node: Any, path: str) -> tuple[Any, str]:
+    """What holds a path's last field, and that field; `[name=x]` is the element of a list with that name."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if part.startswith("["):
+            key, _, value = part.strip("[]").partition("=")
+            (node,) = [item for item in node if item.get(key) == value]
+        else:
+            node = node[part]
+    return node, last
 
 
 def containers(node: Any) -> Iterator[dict[str, Any]]:

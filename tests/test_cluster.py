@@ -1,6 +1,7 @@
 """Jobs on Ray: found again, followed through outages, stopped; by a fake of its Jobs API and the real one."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
@@ -31,9 +33,11 @@ from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
 from tests.processes import ray_processes
 from tests.test_config import VALUES, changed
+from tests.wheels import make_wheel
 from workers.config import RunConfig, make_config
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store
+from workers.training.checkpoint import open_manifest
 from workers.training.commits import CommitLog
 from workers.training.gauges import GAUGES
 
@@ -350,6 +354,28 @@ def test_more_workers_than_the_cluster_holds_are_one_clear_error(train: list[str
     assert done.returncode == 2
     assert done.stderr.startswith("error: compute.workers: no room for 8 workers of 1 CPU each; ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.services
+@pytest.mark.timeout(600)
+def test_a_job_runs_from_the_wheel_that_it_brings(services: Site, train: list[str], tmp_path: Path) -> None:
+    """Driver and workers, whatever is installed there; its digest is in the manifest, MLflow and lineage."""
+    wheel = make_wheel(tmp_path)
+    services.model_copy(update={"wheel": wheel}).save(tmp_path / "site.yaml")
+    settings = ("--set", "train.images=640", "--set", "seed=79", "--set", "compute.workers=2")
+    command = [*train, *settings, "--as", "shipped", "--json", "--site", str(tmp_path / "site.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    version = json.loads(done.stdout)
+    _, manifest = open_manifest(version["manifest"], version["digest"])
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    assert manifest.versions["vitscale"].endswith("+shipped")
+    assert manifest.versions["wheel"] == digest
+    client = MlflowClient(services.mlflow)
+    assert client.get_run(version["run_id"]).data.tags["vitscale.wheel"] == digest
+    registered = client.get_model_version("shipped", "1").tags
+    assert registered["vitscale.wheel"] == digest
+    assert registered["vitscale.code"] == manifest.versions["vitscale"]
 
 
 @pytest.mark.services

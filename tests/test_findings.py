@@ -36,6 +36,7 @@ def node(name: str, others: list[str]) -> dict:
         "disk_free": 100 << 30,
         "open_files": 65536,
         "gpus": [dict(GPU)],
+        "image": "a" * 64,
         "gpus_taken": 0,
         "clock_s": 0.01,
         "clock_error_s": 0.001,
@@ -56,7 +57,7 @@ def judged(nodes: list[dict]) -> list:
 def test_healthy_nodes_have_no_fault():
     found = judged(healthy())
     assert {finding.state for finding in found} == {"ok"}
-    assert {"version", "clock", "shared memory", "disk", "GPU", "store", "network", "gloo"} == {
+    assert {"version", "image", "clock", "shared memory", "disk", "GPU", "store", "network", "gloo"} == {
         finding.check for finding in found
     }
     assert not any(finding.advice for finding in found)
@@ -68,6 +69,7 @@ def test_healthy_nodes_have_no_fault():
         (("python",), "3.12.1", "version", "problem", "3.12.1 on host-b"),
         (("packages", "ray"), "2.61.0", "version", "problem", "2.61.0 on host-b"),
         (("packages", "vitscale"), None, "version", "problem", "none on host-b"),
+        (("image",), "b" * 64, "image", "problem", "bbbbbbbbbbbb on host-b"),
         (("clock_s",), -3.0, "clock", "warning", "-3.000 s"),
         (("clock_s",), 900.0, "clock", "problem", "+900.000 s"),
         (("shared_memory",), 64 << 20, "shared memory", "warning", "0.1 GiB"),
@@ -94,7 +96,7 @@ def test_a_fault_is_one_finding_that_says_where_and_what_to_do(path, value, chec
     faults = [finding for finding in judged(nodes) if finding.state != "ok"]
     assert [(finding.check, finding.state) for finding in faults] == [(check, state)]
     assert words in faults[0].found and faults[0].advice
-    assert "host-b" in faults[0].where or check == "version"
+    assert "host-b" in faults[0].where or check in ("version", "image")
 
 
 def test_a_clock_that_cannot_be_read_exactly_is_not_accused():
@@ -113,6 +115,14 @@ def test_a_node_that_runs_nothing_is_told_and_the_others_are_judged():
 def test_nodes_of_another_version_than_ours_are_told_where_it_matters():
     found = judge(healthy(), HERE | {"vitscale": "1.1", "torch": "2.12.0"}, "s3://data", "s3://runs")
     assert [f.found for f in found if f.state != "ok"] == ["1.0 on the nodes, 1.1 here"]
+
+
+def test_nodes_with_gpus_may_have_another_image_and_a_build_another_local_version():
+    nodes = healthy()
+    nodes[1] |= {"gpus": [], "image": "b" * 64}
+    for of in nodes:
+        of["packages"]["vitscale"] = "1.0+wheel"
+    assert {finding.state for finding in judged(nodes)} == {"ok"}
 
 
 def test_ranks_shake_hands_over_gloo():

@@ -23,6 +23,7 @@ from orchestrator.site import Site
 from pipelines.cli import app
 from tests.kuberay import KINDS
 from tests.kustomize import containers, render
+from workers.code_digests import IMAGE_VARIABLE
 from workers.training.gauges import GAUGES
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,20 @@ def test_the_site_file_of_a_cluster_is_one(overlay: str) -> None:
     assert "http://" not in site and "insecure" not in site
     for host in re.findall(r"https://([a-z-]+)", site):
         assert host in services
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nodes_know_the_image_that_they_are_of(overlay: str) -> None:
+    (cluster,) = [item for item in rendered(overlay) if item["kind"] == "RayCluster"]
+    of_ray = [c for c in containers(cluster) if c["name"].startswith("ray-")]
+    assert len(of_ray) == 4
+    for container in of_ray:
+        (known,) = [v["value"] for v in container["env"] if v["name"] == IMAGE_VARIABLE]
+        assert known == container["image"]
+    aws = yaml.safe_load((INFRA / "aws" / "ray-cluster.yaml").read_text())["docker"]
+    assert f"--env={IMAGE_VARIABLE}={aws['image']}" in aws["run_options"]
+    ray = compose()["services"]["ray"]
+    assert ray["environment"][IMAGE_VARIABLE] == ray["image"]
 
 
 def check_site(text: str) -> None:

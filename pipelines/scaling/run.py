@@ -12,6 +12,7 @@ from orchestrator.job_records import read_run_failures
 from orchestrator.site import Site
 from orchestrator.supervisor import Stopped
 from orchestrator.tracking import Tracking
+from orchestrator.wheel import site_wheel
 from pipelines.pretrain import EXPERIMENT, run_job
 from pipelines.scaling.live import StudyProgress, mark_failures
 from pipelines.scaling.points import points
@@ -152,6 +153,7 @@ def _spec(site: Site, shown: Preview, configs: Sequence[RunConfig]) -> JobSpec:
         tags={"vitscale.stage": "study"},
         runs_per_trial=shown.study.rungs_per_trial,
         autoscaling=site.autoscaling,
+        wheel=site_wheel(site),
     )
 
 

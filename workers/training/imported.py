@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import workers
+from workers.code_digests import code_digests
 from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.storage import Store
@@ -52,7 +53,7 @@ def write_imported(
         tallies=[],
         bad_samples=[],
         metrics={},
-        versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
+        versions={"vitscale": workers.__version__, "torch": str(torch.__version__), **code_digests()},
         complete=True,
         probe=record_logits(whole, model),
     ).to_bytes()

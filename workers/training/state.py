@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import workers
+from workers.code_digests import code_digests
 from workers.config import ForkConfig, RunConfig
 from workers.data.mixture import Source
 from workers.data.quarantine import from_json, to_json
@@ -145,7 +146,7 @@ class TrainState:
             tallies=save_tallies(self.sources, self.step, self.device),
             bad_samples=[to_json(source.ledger.entries()) for source in self.sources],
             metrics=metrics,
-            versions={"vitscale": workers.__version__, "torch": str(torch.__version__)},
+            versions={"vitscale": workers.__version__, "torch": str(torch.__version__), **code_digests()},
             complete=self.complete,
             bad_steps=list(self.bad_steps),
             skipped=[list(window) for window in self.lease.skipped],
