@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws down clean
+.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws docs down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ test: check  ## check, then all tests
 test-fast: check  ## check, then the tests that start no services: about a minute
 	@echo "== pytest, without services"
 	$(BIN)/pytest -m "not services"
+
+docs: $(READY)  ## docs/reference.md from the code
+	$(BIN)/python -m tests.reference_docs
 
 cluster-test: $(READY)  ## several hosts on this machine (root), one cut off ten times: make cluster-test CUTS=3
 	VITSCALE_CUTS=$(or $(CUTS),10) $(BIN)/pytest tests/test_hosts.py
