@@ -72,6 +72,6 @@ def _refuse_second_writer(spec: JobSpec, jobs: Mapping[str, JobDetails]) -> None
         both = sorted(ours & set((details.metadata or {}).get(RUNS, "").split(",")))
         if both:
             raise VitscaleError(
-                f"{both[0]} is being trained by job {job}, which another command started (other workers, or "
-                "another name to register as); wait for its end, or interrupt that command"
+                f"{both[0]} is being trained by job {job}, which another command started (other workers, "
+                "another name to register as, another wheel); wait for its end, or interrupt that command"
             )

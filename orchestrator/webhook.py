@@ -155,8 +155,9 @@ class Webhook:
             error.close()
             moved = ", to another address, which is not followed" if 300 <= error.code < 400 else ""
             return f"it answers {error.code}{moved}"
-        except (OSError, http.client.HTTPException) as error:
-            # Only what an OSError says is of our own side; other text may repeat the address.
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # ValueError: of a host whose name cannot be one. Only what an OSError says is shown; other text
+            # may repeat the address.
             cause = root_cause(error)
             return str(cause) if isinstance(cause, OSError) else type(cause).__name__
         return ""

@@ -282,6 +282,39 @@ def test_the_command_that_is_attached_tells_before_it_ends(
     assert [message["event"] for message in chat.told] == ["done"]
 
 
+class Interrupted:
+    """Where a command shows how it goes: at the first look its user presses Ctrl-C."""
+
+    def __enter__(self) -> "Interrupted":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def tick(self, job: str, note: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_command_that_is_interrupted_tells_that_it_stopped(site: Site, chat: Chat, store_url: str) -> None:
+    sender = webhook_of(site)
+    assert sender is not None
+    sender.begin(store_url)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run_job(site, make_spec(store_url), "train", pretrain.Console(quiet=True), Interrupted())
+    assert [message["event"] for message in chat.told] == ["stopped"]
+
+
+def test_a_host_that_can_be_none_is_a_problem_like_others(site: Site, spec: JobSpec) -> None:
+    assert site.webhook_file is not None
+    site.webhook_file.write_text(f"https://hooks..example/{SECRET}")
+    supervisor = see(site, spec)
+    write_done(open_store(spec.runs), spec.digest)
+    assert supervisor.step()
+    sender = webhook_of(site)
+    assert sender is not None
+    sender.settle(0.5)
+    assert sender._problem and SECRET not in sender._problem
+
+
 def test_who_vouches_for_the_chat_is_the_site_s_ca_file(
     site: Site, spec: JobSpec, chat: Chat, tmp_path: Path
 ) -> None:
