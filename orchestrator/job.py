@@ -12,7 +12,7 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from orchestrator.job_records import is_done, is_wished
-from workers.config import RunConfig
+from workers.config import NAME, RunConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError
 from workers.part import Part
@@ -68,8 +68,7 @@ class JobSpec(Part):
 
 
 def check_name(name: str, what: str) -> None:
-    """Names end up in keys of the store, in URLs and in MLflow's queries."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(NAME, name):
         raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
 
 
