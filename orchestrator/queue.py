@@ -25,7 +25,7 @@ class Entry(BaseModel):
     """The digest of its specification, with a number where a job has several groups."""
     job: str
     """Ray's name for its job."""
-    runs: tuple[str, ...]
+    runs: Annotated[tuple[str, ...], Field(min_length=1)]
     queue: str
     priority: int
     at: float | None = None

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +25,21 @@ from orchestrator import ray_jobs
 from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
 from orchestrator.daemons import _ray_folder
-from orchestrator.job import JobSpec, name_runs, run_url, write_spec
+from orchestrator.job import JobSpec, find_spec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
+from orchestrator.queue_records import EntryReader
 from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
 from tests.processes import ray_processes
+from tests.runs import CPU
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store
+from workers.training import loop
 from workers.training.commits import CommitLog
+from workers.training.control import read_stop
+from workers.training.drill import read_batches
 from workers.training.gauges import GAUGES
 
 CONFIG = make_config(VALUES)
@@ -403,6 +408,36 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     assert 0 < shown["ray_vitscale_images_seen", run.name] <= 8000
 
 
+@pytest.mark.services
+@pytest.mark.timeout(600)
+def test_a_run_makes_way_for_one_of_higher_priority_and_goes_on(
+    services: Site, train: list[str], tmp_path: Path
+) -> None:
+    """Four CPUs hold three workers of the one or two of the other."""
+    low = ["train.images=16000", "seed=79", "compute.workers=3", "compute.drill.record_batches=true"]
+    high = ["train.images=1000", "seed=80", "compute.workers=2", "compute.priority=1"]
+    low, high = ([*train, *(f"--set={of}" for of in sets), "--json"] for sets in (low, high))
+    process = subprocess.Popen(low, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = wait_for_run(services, lambda log: log.newest_epoch() is not None)
+    log = CommitLog(open_store(run.as_uri()))
+    done = subprocess.run(high, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    left = log.head()
+    assert left is not None and not left.complete
+    assert read_stop(open_store(run.as_uri()), 0) == (
+        "makes way in queue default: 1 run of higher or equal priority is ahead"
+    )
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert json.loads(output)["run"] == run.name
+    assert EntryReader(open_store(services.runs)).read() == {}
+    (config,) = find_spec(services.runs, run.name).configs
+    loop.train(config, (undisturbed := tmp_path / "undisturbed").as_uri(), CPU)
+    batches = read_batches(open_store(run.as_uri()))
+    assert len(batches) == config.num_steps
+    assert batches == read_batches(open_store(undisturbed.as_uri()))
+
+
 @contextlib.contextmanager
 def watched_gauges(directory: Path) -> Iterator[dict[tuple[str, str], float]]:
     """What Ray's agent serves to Prometheus meanwhile, by gauge and run; the newest value of each."""
@@ -432,12 +467,18 @@ def watched_gauges(directory: Path) -> Iterator[dict[tuple[str, str], float]]:
 
 def wait_for_commit(services: Site, seconds: float = 100) -> Path:
     """The run under way, once it has committed something."""
+    return wait_for_run(services, lambda log: log.head() is not None, seconds)
+
+
+def wait_for_run(services: Site, has_come: Callable[[CommitLog], bool], seconds: float = 100) -> Path:
+    """The run that is not complete, once it has come so far."""
     runs = Path(services.runs.removeprefix("file://")) / "runs"
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for run in runs.glob("vit-digits-*"):
-            head = CommitLog(open_store(run.as_uri())).head()
-            if head is not None and not head.complete:
+            log = CommitLog(open_store(run.as_uri()))
+            head = log.head()
+            if has_come(log) and (head is None or not head.complete):
                 return run
         time.sleep(0.2)
-    raise AssertionError(f"no commit after {seconds} s; {os.getloadavg()}")
+    raise AssertionError(f"no run came so far in {seconds} s; {os.getloadavg()}")

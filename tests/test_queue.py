@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -354,6 +356,36 @@ def test_quotas_are_kept_and_what_is_none_is_told(store_url: str) -> None:
     store.write(QUOTAS, b'{"vision": {"gpus": -1}}')
     with pytest.raises(DataError, match=r"queue/quotas\.json holds no quotas; delete it"):
         read_quotas(store)
+
+
+def test_a_person_sees_the_queue_and_limits_it(tmp_path: Path, store_url: str) -> None:
+    site, store = tmp_path / "site.yaml", open_store(store_url)
+    site.write_text(
+        f"{{ray: 'http://127.0.0.1:1', mlflow: 'http://127.0.0.1:2', data: {store_url}, runs: {store_url}}}"
+    )
+    write_entry(store, make_entry("b", 2, at=1.0, note="for a"))
+    runs = make_entry("a", (2, 4), at=2.0, worker=GPU, queue="vision")
+    write_entry(store, runs.model_copy(update={"started": 3.0, "workers": 3}))
+
+    def vitscale(*arguments: str) -> Any:
+        command = [sys.executable, "-m", "pipelines.cli", "queue", *arguments, "--site", str(site), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert vitscale("limit", "vision", "--gpus", "8") == {"vision": {"cpus": None, "gpus": 8}}
+    told = vitscale()
+    assert [(entry["name"], entry["workers"], entry["note"]) for entry in told["entries"]] == [
+        ("a", 3, ""),
+        ("b", 0, "for a"),
+    ]
+    assert told["queues"]["vision"]["gpus"] == {"used": 3.0, "limit": 8}
+    assert told["queues"]["default"] == {
+        "cpus": {"used": 0, "limit": None},
+        "gpus": {"used": 0, "limit": None},
+        "waiting": 1,
+    }
+    assert vitscale("limit", "vision", "--none") == {}
 
 
 class Turns:
