@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -414,28 +414,31 @@ def test_a_run_makes_way_for_one_of_higher_priority_and_goes_on(
     services: Site, train: list[str], tmp_path: Path
 ) -> None:
     """Four CPUs hold three workers of the one or two of the other."""
-    low = ["train.images=16000", "seed=79", "compute.workers=3", "compute.drill.record_batches=true"]
+    low = ["train.images=10000", "seed=79", "compute.workers=3", "compute.drill.record_batches=true"]
     high = ["train.images=1000", "seed=80", "compute.workers=2", "compute.priority=1"]
     low, high = ([*train, *(f"--set={of}" for of in sets), "--json"] for sets in (low, high))
     process = subprocess.Popen(low, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    run = wait_for_run(services, lambda log: log.newest_epoch() is not None)
-    log = CommitLog(open_store(run.as_uri()))
+    queue = EntryReader(open_store(services.runs))
+    while not (placed := [seen.entry for seen in queue.read().values() if seen.entry.workers == 3]):
+        assert process.poll() is None
+        time.sleep(0.2)
+    (name,) = placed[0].runs
+    run = open_store(f"{services.runs}/runs/{name}")
     done = subprocess.run(high, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    left = log.head()
-    assert left is not None and not left.complete
-    assert read_stop(open_store(run.as_uri()), 0) == (
-        "makes way in queue default: 1 run of higher or equal priority is ahead"
-    )
+    left = CommitLog(run).head()
+    assert left is None or not left.complete
+    assert read_stop(run, 0) == "makes way in queue default: 1 run of higher or equal priority is ahead"
     output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
-    assert json.loads(output)["run"] == run.name
-    assert EntryReader(open_store(services.runs)).read() == {}
-    (config,) = find_spec(services.runs, run.name).configs
-    loop.train(config, (undisturbed := tmp_path / "undisturbed").as_uri(), CPU)
-    batches = read_batches(open_store(run.as_uri()))
+    assert json.loads(output)["run"] == name
+    assert queue.read() == {}
+    (config,) = find_spec(services.runs, name).configs
+    undisturbed = (tmp_path / "undisturbed").as_uri()
+    loop.train(config, undisturbed, CPU)
+    batches = read_batches(run)
     assert len(batches) == config.num_steps
-    assert batches == read_batches(open_store(undisturbed.as_uri()))
+    assert batches == read_batches(open_store(undisturbed))
 
 
 @contextlib.contextmanager
@@ -467,18 +470,12 @@ def watched_gauges(directory: Path) -> Iterator[dict[tuple[str, str], float]]:
 
 def wait_for_commit(services: Site, seconds: float = 100) -> Path:
     """The run under way, once it has committed something."""
-    return wait_for_run(services, lambda log: log.head() is not None, seconds)
-
-
-def wait_for_run(services: Site, has_come: Callable[[CommitLog], bool], seconds: float = 100) -> Path:
-    """The run that is not complete, once it has come so far."""
     runs = Path(services.runs.removeprefix("file://")) / "runs"
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for run in runs.glob("vit-digits-*"):
-            log = CommitLog(open_store(run.as_uri()))
-            head = log.head()
-            if has_come(log) and (head is None or not head.complete):
+            head = CommitLog(open_store(run.as_uri())).head()
+            if head is not None and not head.complete:
                 return run
         time.sleep(0.2)
-    raise AssertionError(f"no run came so far in {seconds} s; {os.getloadavg()}")
+    raise AssertionError(f"no commit after {seconds} s; {os.getloadavg()}")
