@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 from orchestrator.capacity import room
 from orchestrator.job import JobSpec, is_complete, run_url
 from orchestrator.job_records import read_stop
+from orchestrator.place import Place
 from workers.config import RunConfig
 from workers.errors import DataError
 from workers.ray_entry import train_entry
@@ -35,10 +36,10 @@ a restart costs about as much."""
 
 
 class Attempt:
-    def __init__(self, spec: JobSpec, job: str, group: Sequence[RunConfig], size: int) -> None:
-        """`size` workers for the group's runs, one run after another."""
+    def __init__(self, spec: JobSpec, job: str, group: Sequence[RunConfig], size: int, place: Place) -> None:
+        """`size` workers for the group's runs, one run after another, as long as its place has so many."""
         self.runs = list(group)
-        self._spec, self._job, self._size = spec, job, size
+        self._spec, self._job, self._size, self._place = spec, job, size, place
         self._ended = threading.Event()
         self._fits: int | None = size
         """The most workers that there was room for at the last look, and since when."""
@@ -86,16 +87,27 @@ class Attempt:
         if self.reason is None:
             self.reason = read_stop(open_store(self._spec.runs), self._spec.digest, self._job)
         if self.reason is None:
-            now = room(self.runs[0].compute)
-            size = now.fits(self.runs[0].compute, beside=self._size)
-            if now.leaving:
-                self.reason = "a node is about to go"
-            elif size != self._fits:
-                self._fits, self._fits_since = size, time.monotonic()
-            if size is not None and size > self._size and self._settled():
-                self.reason = self.reason or f"there is room for {size} workers"
+            self.reason = self._why_make_way()
         if self.reason is not None:
             self._request_stop(self.reason)
+
+    def _why_make_way(self) -> str | None:
+        compute = self.runs[0].compute
+        now = room(compute)
+        share = self._place.share(None if self._spec.autoscaling else now.nodes)
+        if now.leaving:
+            return "a node is about to go"
+        if share.why:
+            return f"makes way in queue {compute.queue}: {share.why}"
+        # No workers and no reason: nodes are gone, and nobody has anything of it if these end, too.
+        if 0 < share.workers < self._size:
+            return f"makes way in queue {compute.queue}: {share.workers} workers are its share"
+        size = now.fits(compute, at_most=share.workers, beside=self._size)
+        if size != self._fits:
+            self._fits, self._fits_since = size, time.monotonic()
+        if size is not None and size > self._size and self._settled():
+            return f"there is room for {size} workers"
+        return None
 
     def _settled(self) -> bool:
         return time.monotonic() - self._fits_since >= SETTLED_SECONDS
@@ -122,7 +134,10 @@ def make_trainer(runs: str, group: Sequence[RunConfig], size: int, scratch: str)
             "runs": [{"config": c.model_dump(mode="json"), "url": run_url(runs, c)} for c in group]
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=size, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=size,
+            use_gpu=compute.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            accelerator_type=compute.accelerator,
         ),
         # Ray keeps its own notes here; checkpoints and their log are ours, Ray is never given one.
         run_config=ray.train.RunConfig(name=group[0].run, storage_path=scratch),

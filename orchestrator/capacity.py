@@ -1,12 +1,12 @@
 """How many workers a cluster has room for, now and when nodes that are about to go have gone."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import ray
 from ray._private import state as ray_state
 
+from orchestrator.packing import TYPE, Resources, slots, worker_resources
 from workers.config import ComputeConfig
 
 
@@ -20,10 +20,17 @@ class Room:
     """Beside what runs now, likewise."""
     leaving: bool
     """A node on which something runs is about to go: Ray drains it."""
+    nodes: Sequence[Resources] = field(default=(), compare=False)
+    """All that each has which stays."""
 
-    def fits(self, compute: ComputeConfig, *, beside: int = 0) -> int | None:
+    @property
+    def accelerators(self) -> list[str]:
+        """Types of them."""
+        return sorted({name.removeprefix(TYPE) for node in self.nodes for name in node if TYPE in name})
+
+    def fits(self, compute: ComputeConfig, *, at_most: int, beside: int = 0) -> int | None:
         """The most workers that a group may have of what is free and the `beside` that it has now."""
-        room = min(self.total, self.free + beside)
+        room = min(self.total, self.free + beside, at_most)
         return max((count for count in compute.worker_counts if count <= room), default=None)
 
 
@@ -31,24 +38,23 @@ def room(compute: ComputeConfig) -> Room:
     draining = set(ray_state.state.get_draining_nodes())
     free = ray_state.available_resources_per_node()
     alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    staying = {name: resources for name, resources in alive.items() if name not in draining}
-    wanted = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
+    # Those with fewest GPUs first: who needs none shall not take the place of who does.
+    staying = sorted(alive.keys() - draining, key=lambda name: (alive[name].get("GPU", 0), name))
+    wanted = worker_resources(compute)
     busy = [
         name
         for name in draining & set(alive)
         if any(free.get(name, {}).get(kind, 0) < alive[name].get(kind, 0) for kind in wanted)
     ]
     return Room(
-        total=count_slots(staying.values(), compute),
+        total=count_slots((alive[name] for name in staying), compute),
         free=count_slots((free.get(name, {}) for name in staying), compute),
         leaving=bool(busy),
+        nodes=tuple(alive[name] for name in staying),
     )
 
 
-def count_slots(nodes: Iterable[Mapping[str, Any]], compute: ComputeConfig) -> int:
+def count_slots(nodes: Iterable[Resources], compute: ComputeConfig) -> int:
     """Workers that nodes of these resources hold."""
-    wanted = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
-    return sum(
-        min(int(resources.get(name, 0) // amount) for name, amount in wanted.items() if amount)
-        for resources in nodes
-    )
+    worker = worker_resources(compute)
+    return sum(slots(node, worker) for node in nodes)

@@ -17,23 +17,27 @@ import ray.train
 from ray.autoscaler.sdk import request_resources
 
 from orchestrator.attempt import Attempt
-from orchestrator.capacity import room
+from orchestrator.capacity import Room, room
 from orchestrator.job import JobSpec, is_complete, read_spec, run_head
 from orchestrator.job_records import (
     read_stop,
+    wished_at,
     write_done,
     write_failure,
     write_note,
     write_run_failure,
     write_stop,
 )
+from orchestrator.packing import worker_resources
+from orchestrator.place import Place
+from orchestrator.queue import Entry, Share
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
 from orchestrator.scoring import log_scores, write_plans
 from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
 from orchestrator.wheel import check_running
-from workers.config import RunConfig
+from workers.config import ComputeConfig, RunConfig
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store, probe
 
@@ -136,11 +140,11 @@ def _fit_all(spec: JobSpec, job: str) -> None:
     if not configs:
         return
     compute = configs[0].compute
-    size = _await_room(spec, job, patience=0)
-    if spec.autoscaling and len(compute.worker_counts) > 1:
-        bundle = {"CPU": compute.cpus_per_worker, "GPU": compute.gpus_per_worker}
-        request_resources(bundles=[bundle] * compute.worker_counts[-1])
-    at_once = max(1, room(compute).total // size)
+    now, fewest = room(compute), compute.worker_counts[0]
+    if now.total < fewest and not spec.autoscaling:
+        raise _no_room(compute, now)
+    size = max((count for count in compute.worker_counts if count <= now.total), default=fewest)
+    at_once = max(1, now.total // size)
     groups = share_out(configs, num_trials(len(configs), at_once, spec.runs_per_trial))
     if len(groups) == 1:
         _fit(spec, job, groups[0])
@@ -160,7 +164,7 @@ def _fit_groups(spec: JobSpec, job: str, groups: list[list[RunConfig]], at_once:
         if read_stop(open_store(spec.runs), spec.digest, job) is not None:
             return None
         try:
-            _fit(spec, job, groups[index])
+            _fit(spec, job, groups[index], index)
         except Stopped:
             return None
         except VitscaleError as error:
@@ -174,37 +178,75 @@ def _fit_groups(spec: JobSpec, job: str, groups: list[list[RunConfig]], at_once:
         raise failures[0]
 
 
-def _await_room(spec: JobSpec, job: str, *, patience: float) -> int:
-    """How many workers the next group has; ConfigError if there is no room for the fewest.
-
-    A cluster that adds nodes does so for what Ray Train asks of it, so there is nothing to wait for here.
-    """
+def _await_room(spec: JobSpec, job: str, place: Place, *, patience: float) -> int:
+    """How many workers the next group has; ConfigError if the cluster's nodes do not hold the fewest."""
     compute = spec.configs[0].compute
-    fewest, most = compute.worker_counts[0], compute.worker_counts[-1]
-    start = time.monotonic()
+    since, told = time.monotonic(), ""
     while True:
         now = room(compute)
-        size = now.fits(compute) if fewest < most else (most if now.total >= most else None)
-        waited = time.monotonic() - start
-        if size is not None and (size == most or fewest == most or waited >= SETTLE_SECONDS):
+        nodes = None if spec.autoscaling else now.nodes
+        share, waited, size = place.share(nodes), time.monotonic() - since, None
+        if share.why:
+            note, since = f"waiting in queue {compute.queue}: {share.why}", time.monotonic()
+            place.wait(share.why)
+        elif now.total < compute.worker_counts[0] and not spec.autoscaling:
+            if waited >= patience:
+                raise _no_room(compute, now)
+            note = f"waiting for lost nodes: no room for {_lack(compute, now)}"
+            place.wait(note)
+        else:
+            size, note = _size_now(spec, now, share, settled=waited >= SETTLE_SECONDS)
+        taken = size is not None and place.take(size, nodes)
+        if note != told:
+            _note(spec, job, told := note)
+        if size is not None and taken:
             return size
-        each = f"{compute.cpus_per_worker} CPU"
-        if compute.gpus_per_worker:
-            each += f" and {compute.gpus_per_worker} GPU"
-        lack = f"{fewest} workers of {each} each; the cluster's nodes have room for {now.total}"
-        if size is None and spec.autoscaling:
-            _note(spec, job, f"waiting for nodes for {lack}")
-            return fewest
-        if size is None and waited >= max(patience, SETTLE_SECONDS if now.total >= fewest else 0):
-            raise ConfigError(
-                f"compute.workers: no room for {lack}. Ask for less or, if the cluster adds nodes on "
-                "demand, put `autoscaling: true` into the site file"
-            )
-        if size is None:
-            _note(spec, job, f"waiting for lost nodes: no room for {lack}")
         if reason := read_stop(open_store(spec.runs), spec.digest, job):
             raise Stopped(reason)
         time.sleep(POLL_SECONDS)
+
+
+def _size_now(spec: JobSpec, now: Room, share: Share, *, settled: bool) -> tuple[int | None, str]:
+    """Of a group that has its turn: its workers, or None if it had better wait; and what for.
+
+    Of a fixed number it starts at once, and Ray gives it what others are about to leave. A cluster that adds
+    nodes does so for what Ray Train asks of it, so there is nothing to wait for here.
+    """
+    compute = spec.configs[0].compute
+    fewest, most = compute.worker_counts[0], compute.worker_counts[-1]
+    if fewest == most:
+        size = most if now.total >= most else None
+    else:
+        size = now.fits(compute, at_most=share.workers)
+    if size is None and spec.autoscaling:
+        return fewest, f"waiting for nodes for {_lack(compute, now)}"
+    if size is None:
+        return None, "waiting for what others still use" if settled else ""
+    return (size if fewest == most or size >= share.workers or settled else None), ""
+
+
+def _lack(compute: ComputeConfig, now: Room) -> str:
+    each = f"{compute.cpus_per_worker} CPU"
+    if compute.gpus_per_worker:
+        each += f" and {compute.gpus_per_worker} GPU"
+    if compute.accelerator:
+        each += f" on accelerator {compute.accelerator}"
+    fewest = compute.worker_counts[0]
+    return f"{fewest} workers of {each} each; the cluster's nodes have room for {now.total}"
+
+
+def _no_room(compute: ComputeConfig, now: Room) -> ConfigError:
+    if compute.accelerator and compute.accelerator not in now.accelerators:
+        there = ", ".join(now.accelerators) or "none"
+        return ConfigError(
+            f"compute.accelerator: no node of this cluster has accelerator {compute.accelerator}; there are: "
+            f"{there}. Ask for another or, if the cluster adds nodes on demand, put `autoscaling: true` into "
+            "the site file"
+        )
+    return ConfigError(
+        f"compute.workers: no room for {_lack(compute, now)}. Ask for less or, if the cluster adds nodes on "
+        "demand, put `autoscaling: true` into the site file"
+    )
 
 
 def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunConfig]]:
@@ -218,21 +260,42 @@ def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunCon
     return groups
 
 
-def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
-    """Train a group's runs, one after another, in one worker group.
+def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig], trial: int | None = None) -> None:
+    """Train a group's runs, one after another, in one worker group, which has a place in the queue.
 
     One that dies is started again from the last commits. A run that cannot be trained does not keep the
     others from it; what was wrong with the first such is raised when they are done.
     """
+    with Place(spec.runs, _entry(spec, job, group, trial)) as place:
+        _fit_at(place, spec, job, group)
+
+
+def _entry(spec: JobSpec, job: str, group: Sequence[RunConfig], trial: int | None) -> Entry:
+    compute = spec.configs[0].compute
+    return Entry(
+        name=spec.digest if trial is None else f"{spec.digest}.{trial}",
+        job=job,
+        runs=tuple(config.run for config in group),
+        queue=compute.queue,
+        priority=compute.priority,
+        at=wished_at(open_store(spec.runs), spec.digest),
+        counts=tuple(compute.worker_counts),
+        worker=worker_resources(compute),
+    )
+
+
+def _fit_at(place: Place, spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
     failures: dict[str, VitscaleError] = {}
     deaths, progress = 0, _images_seen(spec.runs, group)
     patience = 0.0
     while waiting := _incomplete(spec.runs, [c for c in group if c.run not in failures]):
-        size = _await_room(spec, job, patience=patience)
+        size = _await_room(spec, job, place, patience=patience)
         patience = LOST_NODE_SECONDS
+        if spec.autoscaling:
+            _ask_for_nodes(waiting[0].compute, place.share(None))
         with contextlib.suppress(VitscaleError):
             write_plans(spec.runs, waiting, size)
-        attempt = Attempt(spec, job, waiting, size)
+        attempt = Attempt(spec, job, waiting, size, place)
         death = "a worker died"
         try:
             attempt.run()
@@ -240,6 +303,8 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
             continue
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
             cause = _as_ours(error)
+        # Who waits may have been there before it; and the nodes may be lost that it was on.
+        place.wait("")
         if type(cause) is VitscaleError and (hang := attempt.hangs()):
             cause, death = VitscaleError(f"training failed: {hang}"), hang
         if isinstance(cause, DataError):
@@ -258,6 +323,12 @@ def _fit(spec: JobSpec, job: str, group: Sequence[RunConfig]) -> None:
             _note(spec, job, f"{death}; starting again from image {progress:,}")
     if failures:
         raise next(iter(failures.values()))
+
+
+def _ask_for_nodes(compute: ComputeConfig, share: Share) -> None:
+    """For an elastic group to grow into; those that it begins with Ray Train asks for."""
+    if len(compute.worker_counts) > 1:
+        request_resources(bundles=[worker_resources(compute)] * share.workers)
 
 
 def _make_way(spec: JobSpec, job: str, attempt: Attempt) -> None:

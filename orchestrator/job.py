@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from orchestrator.job_records import is_done, is_wished
 from orchestrator.wheel import Wheel
-from workers.config import RunConfig
+from workers.config import NAME, RunConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError
 from workers.part import Part
@@ -71,8 +71,7 @@ class JobSpec(Part):
 
 
 def check_name(name: str, what: str) -> None:
-    """Names end up in keys of the store, in URLs and in MLflow's queries."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(NAME, name):
         raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
 
 

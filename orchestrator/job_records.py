@@ -112,6 +112,14 @@ def is_wished(store: Store, digest: str) -> bool:
     return bool(read_wish(store, digest))
 
 
+def wished_at(store: Store, digest: str) -> float | None:
+    """When its user last wished it, in seconds since 1970 by the store's clock; None if nobody has."""
+    try:
+        return store.modified(_wish_key(digest))
+    except NotFound:
+        return None
+
+
 def write_stop(store: Store, job: str, reason: str) -> None:
     """This job is to commit and end; whether another takes its place is not said."""
     store.write(_stop_key(job), reason.encode())

@@ -20,6 +20,7 @@ from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
 from pipelines.plan_command import plan
 from pipelines.promote_command import promote
+from pipelines.queue_commands import queue
 from pipelines.report_command import report
 from pipelines.retire_command import retire, sign
 from pipelines.scale_command import scale
@@ -163,6 +164,7 @@ app.command()(run_commands.status)
 app.command()(run_commands.logs)
 app.command()(run_commands.stop)
 app.command()(run_commands.supervise)
+app.add_typer(queue, name="queue")
 app.command()(finetune)
 app.command()(training_commands.cooldown)
 app.command()(run)

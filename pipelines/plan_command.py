@@ -23,7 +23,9 @@ def plan(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Type of a worker's GPU: H100, A100, ... Default: this CPU."),
+        typer.Option(
+            help="Type of a worker's GPU: H100, A100, ... Default: compute.accelerator, else this CPU."
+        ),
     ] = None,
     memory_gb: Annotated[
         float | None, typer.Option(help="Memory of a worker's device, in 10^9 bytes.", min=0.001)
@@ -68,6 +70,8 @@ def plan(
     root = where.data_url(data) if data and where else data
     gpus = ["compute.gpus_per_worker=1"] if gpu is not None else []
     run = pretrain.read_config(config, root, [*gpus, *(overrides or [])])
+    if run.compute.gpus_per_worker:
+        gpu = gpu or run.compute.accelerator
     if gpu is None and run.compute.gpus_per_worker:
         raise typer.BadParameter("compute.gpus_per_worker is set; say the type", param_hint="--gpu")
     machine = _machine(run, gpu, memory_gb, tflops)

@@ -12,6 +12,7 @@ from orchestrator.capacity import Room, count_slots, room
 from orchestrator.job import JobSpec, run_url
 from orchestrator.job_records import wish
 from tests.test_config import changed
+from tests.test_driver import ALONE
 from workers.config import ComputeConfig, WorkerRange, make_config
 from workers.storage import open_store
 from workers.training.commits import CommitLog
@@ -56,7 +57,7 @@ def test_a_worker_needs_its_cpus_and_gpus_on_one_node(
 def test_a_group_is_as_large_as_there_is_room(
     compute: ComputeConfig, now: Room, beside: int, size: int | None
 ) -> None:
-    assert now.fits(compute, beside=beside) == size
+    assert now.fits(compute, at_most=8, beside=beside) == size
 
 
 def test_a_node_that_is_about_to_go_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_a_node_that_is_about_to_go_has_no_room(monkeypatch: pytest.MonkeyPatch)
 def test_a_group_is_asked_to_make_way(monkeypatch: pytest.MonkeyPatch, store_url: str, cause: str) -> None:
     config = make_config(changed("compute.workers", {"min": 2, "max": 6}))
     spec = JobSpec(configs=(config,), runs=store_url, mlflow="http://127.0.0.1:1", experiment="x")
-    attempt = Attempt(spec, "job-0", [config], 4)
+    attempt = Attempt(spec, "job-0", [config], 4, ALONE)
     now = {
         "a node is about to go": Room(2, 0, leaving=True),
         "there is room for 6 workers": Room(8, 4, leaving=False),

@@ -27,18 +27,23 @@ from orchestrator import ray_jobs
 from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
 from orchestrator.daemons import _ray_folder
-from orchestrator.job import JobSpec, name_runs, run_url, write_spec
+from orchestrator.job import JobSpec, find_spec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
+from orchestrator.queue_records import EntryReader
 from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
 from tests.processes import ray_processes
+from tests.runs import CPU
 from tests.test_config import VALUES, changed
 from tests.wheels import make_wheel
 from workers.config import RunConfig, make_config
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store
+from workers.training import loop
 from workers.training.checkpoint import open_manifest
 from workers.training.commits import CommitLog
+from workers.training.control import read_stop
+from workers.training.drill import read_batches
 from workers.training.gauges import GAUGES
 
 CONFIG = make_config(VALUES)
@@ -427,6 +432,39 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
     assert told >= {f"ray_{name}" for name in GAUGES.keys() - RARE}
     assert shown["ray_vitscale_attempt", run.name] >= 1
     assert 0 < shown["ray_vitscale_images_seen", run.name] <= 8000
+
+
+@pytest.mark.services
+@pytest.mark.timeout(600)
+def test_a_run_makes_way_for_one_of_higher_priority_and_goes_on(
+    services: Site, train: list[str], tmp_path: Path
+) -> None:
+    """Four CPUs hold three workers of the one or two of the other."""
+    low = ["train.images=10000", "seed=79", "compute.workers=3", "compute.drill.record_batches=true"]
+    high = ["train.images=1000", "seed=80", "compute.workers=2", "compute.priority=1"]
+    low, high = ([*train, *(f"--set={of}" for of in sets), "--json"] for sets in (low, high))
+    process = subprocess.Popen(low, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    queue = EntryReader(open_store(services.runs))
+    while not (placed := [seen.entry for seen in queue.read().values() if seen.entry.workers == 3]):
+        assert process.poll() is None
+        time.sleep(0.2)
+    (name,) = placed[0].runs
+    run = open_store(f"{services.runs}/runs/{name}")
+    done = subprocess.run(high, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    left = CommitLog(run).head()
+    assert left is None or not left.complete
+    assert read_stop(run, 0) == "makes way in queue default: 1 run of higher or equal priority is ahead"
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert json.loads(output)["run"] == name
+    assert queue.read() == {}
+    (config,) = find_spec(services.runs, name).configs
+    undisturbed = (tmp_path / "undisturbed").as_uri()
+    loop.train(config, undisturbed, CPU)
+    batches = read_batches(run)
+    assert len(batches) == config.num_steps
+    assert batches == read_batches(open_store(undisturbed))
 
 
 @contextlib.contextmanager

@@ -117,6 +117,9 @@ VALUES: dict[str, Any] = {
         "workers": 2,
         "cpus_per_worker": 1,
         "gpus_per_worker": 0,
+        "accelerator": None,
+        "queue": "vision",
+        "priority": 3,
         "shard_workers": 1,
         "microbatch_size": 8,
         "activation_checkpointing": "none",
@@ -136,6 +139,7 @@ VALUES: dict[str, Any] = {
 """Every field, most with another value than its default."""
 
 OTHER: dict[str, Any] = {
+    "compute.accelerator": "H100",
     "model.family": "resnet",
     "model.size": "digits-s",
     "model.image_size": 16,
@@ -182,6 +186,9 @@ NO_MATTER = {
     "compute.workers",
     "compute.cpus_per_worker",
     "compute.gpus_per_worker",
+    "compute.accelerator",
+    "compute.queue",
+    "compute.priority",
     "compute.microbatch_size",
     "compute.prefetch_batches",
     "compute.readers",
@@ -400,6 +407,8 @@ def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant:
         ("model.image_size", [8], "model.image_size: input should be a valid integer, got [8] or"),
         ("model.image_size", [8, 9], "model.image_size: (8, 9) is not a multiple of model.patch_size 2"),
         ("compute.shard_workers", 3, "compute.shard_workers 3 does not divide compute.workers 2"),
+        ("compute.queue", "my queue", "compute: queue 'my queue': letters, digits, '.', '_' and '-' only"),
+        ("compute.priority", 101, "compute.priority: input should be less than or equal to 100, got 101"),
         ("optim.cooldown_images", 2000, "optim.cooldown_images 2000 exceeds train.images 1000"),
         (
             "model.image_size",

@@ -24,6 +24,8 @@ def problem(command: Command, *, whole: bool) -> str:
     node, words = get_command(app), list(command.words[1:])
     while (commands := getattr(node, "commands", None)) is not None:
         word = words.pop(0) if words else ""
+        if not word and node.invoke_without_command:
+            return ""
         if word not in commands:
             return "" if not whole and not word else f"no command {word!r}"
         node = commands[word]

@@ -1,6 +1,7 @@
 """The driver: what fits a cluster, what is tried again when workers die, and what reaches the user."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -12,6 +13,8 @@ from orchestrator.capacity import Room
 from orchestrator.driver import RESTARTS, Stopped
 from orchestrator.job import JobSpec, is_complete, run_url
 from orchestrator.job_records import read_note, read_run_failures, write_stop
+from orchestrator.place import Place
+from orchestrator.queue import Share
 from orchestrator.site import Site
 from orchestrator.tracking import JobRuns, Tracking
 from tests.test_config import VALUES, changed
@@ -31,6 +34,22 @@ def make_spec(runs: str, *configs: RunConfig, autoscaling: bool = False) -> JobS
     )
 
 
+class Alone:
+    """A place in a queue in which nobody else is."""
+
+    def share(self, nodes: object) -> Share:
+        return Share(6)
+
+    def take(self, workers: int, nodes: object) -> bool:
+        return True
+
+    def wait(self, note: str) -> None:
+        pass
+
+
+ALONE: Any = Alone()
+
+
 def use_rooms(monkeypatch: pytest.MonkeyPatch, *totals: int) -> Iterator[int]:
     """What the cluster has room for at each look, all of it free."""
     seen = iter(totals)
@@ -44,41 +63,43 @@ def test_what_a_cluster_of_fixed_size_cannot_hold_is_refused(
 ) -> None:
     use_rooms(monkeypatch, 2)
     with pytest.raises(ConfigError, match=r"compute\.workers: no room for 4 workers of 1 CPU .* for 2\. .*"):
-        driver._await_room(make_spec(store_url, CONFIG), JOB, patience=0)
+        driver._await_room(make_spec(store_url, CONFIG), JOB, ALONE, patience=0)
 
 
 def test_a_cluster_that_adds_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
     use_rooms(monkeypatch, 2)
-    assert driver._await_room(make_spec(store_url, CONFIG, autoscaling=True), JOB, patience=0) == 4
+    assert driver._await_room(make_spec(store_url, CONFIG, autoscaling=True), JOB, ALONE, patience=0) == 4
     note = read_note(open_store(store_url), JOB)
     assert note == "waiting for nodes for 4 workers of 1 CPU each; the cluster's nodes have room for 2"
 
 
 def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
-    seen = use_rooms(monkeypatch, 3, 3, 4)
-    assert driver._await_room(make_spec(store_url, CONFIG), JOB, patience=60) == 4
+    seen, notes = use_rooms(monkeypatch, 3, 3, 4), []
+    monkeypatch.setattr(driver, "_note", lambda spec, job, text: notes.append(text))
+    assert driver._await_room(make_spec(store_url, CONFIG), JOB, ALONE, patience=60) == 4
     assert next(seen, None) is None
-    assert read_note(open_store(store_url), JOB).startswith("waiting for lost nodes: no room for 4 workers")
+    assert notes[0].startswith("waiting for lost nodes: no room for 4 workers of 1 CPU each;")
+    assert notes[1:] == [""]
 
 
 def test_an_elastic_run_takes_what_there_is(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
     elastic = make_config(changed("compute.workers", {"min": 2, "max": 6}))
     spec = make_spec(store_url, elastic)
     use_rooms(monkeypatch, 8)
-    assert driver._await_room(spec, JOB, patience=0) == 6
+    assert driver._await_room(spec, JOB, ALONE, patience=0) == 6
     monkeypatch.setattr(driver, "SETTLE_SECONDS", 0.0)
     use_rooms(monkeypatch, 5)
-    assert driver._await_room(spec, JOB, patience=0) == 5
+    assert driver._await_room(spec, JOB, ALONE, patience=0) == 5
     use_rooms(monkeypatch, 1)
     with pytest.raises(ConfigError, match="no room for 2 workers"):
-        driver._await_room(spec, JOB, patience=0)
+        driver._await_room(spec, JOB, ALONE, patience=0)
 
 
 def test_who_waits_for_room_can_be_stopped(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
     use_rooms(monkeypatch, 3, 3)
     write_stop(open_store(store_url), JOB, "the job is stopped")
     with pytest.raises(Stopped, match="the job is stopped"):
-        driver._await_room(make_spec(store_url, CONFIG), JOB, patience=60)
+        driver._await_room(make_spec(store_url, CONFIG), JOB, ALONE, patience=60)
 
 
 @pytest.fixture
@@ -96,8 +117,8 @@ def use_trainer(monkeypatch: pytest.MonkeyPatch, groups: list[list[str]], act: A
     """Worker groups that do `act`, whose errors come back as Ray has them."""
 
     class Group(Attempt):
-        def __init__(self, spec: JobSpec, job: str, runs: list[RunConfig], size: int) -> None:
-            super().__init__(spec, job, runs, size)
+        def __init__(self, spec: JobSpec, job: str, runs: list[RunConfig], size: int, place: Place) -> None:
+            super().__init__(spec, job, runs, size, place)
             groups.append([config.run for config in runs])
 
         def run(self) -> None:

@@ -76,7 +76,7 @@ def test_a_specification_that_was_changed_is_refused(store_url: str) -> None:
 def test_a_specification_of_another_version_says_what_it_does_not_know(store_url: str) -> None:
     values = json.loads(make_spec(store_url, configs=(CONFIG, CONFIG)).to_bytes())
     values["configs"][1]["optim"]["learning_rates"] = 1
-    values["priority"] = 3
+    values["weather"] = 3
     data = json.dumps(values).encode()
     digest = hashlib.sha256(data).hexdigest()
     open_store(store_url).create(f"jobs/{digest}.json", data)
@@ -85,7 +85,7 @@ def test_a_specification_of_another_version_says_what_it_does_not_know(store_url
     assert str(caught.value).splitlines() == [
         f"job specification {digest[:12]}: configs.1.optim.learning_rates: unknown field; "
         "did you mean configs.1.optim.learning_rate?",
-        "priority: unknown field; known: " + ", ".join(JobSpec.model_fields),
+        "weather: unknown field; known: " + ", ".join(JobSpec.model_fields),
     ]
 
 

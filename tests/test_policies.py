@@ -10,7 +10,10 @@ from moto.iam.policy_validation import IAMPolicyDocumentValidator
 from orchestrator.job import JobSpec, run_url, write_spec
 from orchestrator.job_records import clear_reports, wish, write_done, write_note, write_stop
 from orchestrator.judgements import Judgements
+from orchestrator.place import Place
 from orchestrator.promotions import PromotionLog
+from orchestrator.queue import Quota
+from orchestrator.queue_records import read_quotas, write_quotas
 from orchestrator.retention import Retention
 from pipelines.pipeline.records import StageRecords
 from pipelines.scaling.record import study_url
@@ -18,6 +21,7 @@ from tests.policies import FOLDER, allows, read
 from tests.runs import CPU, tiny_config
 from tests.s3_server import ENVIRONMENT, s3_server
 from tests.test_keys import record
+from tests.test_queue import make_entry
 from workers.s3_client import S3Client, s3_client
 from workers.storage import ensure_bucket, open_store, probe
 from workers.training import loop
@@ -94,6 +98,19 @@ def test_a_run_needs_what_its_role_has_and_its_history_is_nobody_s_to_replace(
     clear_reports(store, "job-0")
     wish(store, spec.digest, running=True)
     assert refused("supervisor", requests) == []
+
+    requests.clear()
+    with Place(RUNS, make_entry("a" * 64)) as place:
+        assert place.take(1, None)
+    assert [name for name, _ in requests if name in ("put_object", "delete_object")][-1] == "delete_object"
+    assert refused("trainer", requests) == []
+    assert refused("submitter", requests) == []
+
+    requests.clear()
+    write_quotas(store, read_quotas(store) | {"vision": Quota(gpus=8)})
+    assert refused("quotas", requests) == []
+    for role in set(ROLES) - {"quotas"}:
+        assert refused(role, written(requests)), role
 
     requests.clear()
     StageRecords(store, "birds").find("a" * 64)

@@ -20,6 +20,9 @@ from workers.model_config import ModelConfig
 from workers.models.sizes import Resampling
 from workers.part import Part, Positive
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+"""Of what ends up in keys of the store, in URLs and in queries."""
+
 
 class AugmentConfig(Part):
     """What training does to images, in this order; `docs/images.md` says how. The defaults crop and flip."""
@@ -227,6 +230,12 @@ class ComputeConfig(Part):
     """A number, or {min: 2, max: 8}: then the group grows and shrinks with the cluster."""
     cpus_per_worker: int = Field(default=1, gt=0)
     gpus_per_worker: int = Field(default=0, ge=0)
+    accelerator: str | None = None
+    """Only nodes that have this type of accelerator, as Ray names it: H100, A100, A100-80G, L4; None: any."""
+    queue: str = "default"
+    """Whose quota it counts to; `vitscale queue limit` sets those."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Runs of higher priority go first, and those of lower make way for them."""
     shard_workers: int | None = Field(default=None, gt=0)
     """Workers that share one copy of weights and moments (hybrid sharding): groups of so many are replicas of
     each other. None: all workers share one."""
@@ -259,6 +268,13 @@ class ComputeConfig(Part):
     """A worker that stands still for so long, in a step or waiting for a batch, is killed, and its group goes
     on from the last commit. 0: nobody looks, as a debugger wants it."""
     drill: DrillConfig = DrillConfig()
+
+    @model_validator(mode="after")
+    def _has_names(self) -> Self:
+        for field, name in (("queue", self.queue), ("accelerator", self.accelerator)):
+            if name is not None and not re.fullmatch(NAME, name):
+                raise ValueError(f"{field} {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
+        return self
 
     @property
     def worker_counts(self) -> list[int]:

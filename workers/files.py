@@ -63,7 +63,7 @@ class FileStore:
             found = self._path(key).stat()
             if not stat.S_ISREG(found.st_mode):
                 raise IsADirectoryError
-        return ObjectInfo(key, found.st_size, _etag(found))
+        return ObjectInfo(key, found.st_size, _etag(found), found.st_mtime)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         for key in self._keys(prefix):

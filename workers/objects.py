@@ -1,7 +1,7 @@
 """What every store of objects has in common: its interface, what goes wrong with it, and addresses."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -51,6 +51,8 @@ class ObjectInfo:
     """Bytes."""
     etag: str
     """Changes whenever the content may have: the ETag on S3, mtime and size for a file."""
+    modified: float = field(default=0.0, compare=False)
+    """When it was written, as `Store.modified` has it, where a listing says so; 0 otherwise."""
 
 
 @dataclass(frozen=True)

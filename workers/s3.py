@@ -136,7 +136,9 @@ class S3Store:
             for item in page.get("Contents", []):
                 # Consoles mark "folders" by empty objects whose keys end in a slash.
                 if not item["Key"].endswith("/"):
-                    yield ObjectInfo(self._relative(item["Key"]), item["Size"], item["ETag"])
+                    written = item.get("LastModified")
+                    modified = datetime.fromisoformat(written).timestamp() if written else 0.0
+                    yield ObjectInfo(self._relative(item["Key"]), item["Size"], item["ETag"], modified)
             more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
 
     def write(self, key: str, data: bytes) -> None:
