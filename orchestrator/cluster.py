@@ -10,6 +10,7 @@ from ray.job_submission import JobDetails
 
 from orchestrator.job import JobSpec, write_spec
 from orchestrator.job_records import clear_reports
+from orchestrator.kept_log import forget_old_logs
 from orchestrator.ray_jobs import ENDED, RayJobs, newest_job, next_job
 from orchestrator.site import Site
 from workers.errors import VitscaleError
@@ -37,6 +38,7 @@ class Cluster:
             _refuse_second_writer(spec, jobs)
             write_spec(spec)
             clear_reports(open_store(spec.runs), job)
+            forget_old_logs(open_store(spec.runs), spec.digest)
             names = ",".join(config.run for config in spec.configs)
             self._jobs.submit("orchestrator.driver", [spec.runs, spec.digest, job], job, {RUNS: names})
         return job

@@ -27,6 +27,7 @@ from orchestrator.job_records import (
     write_run_failure,
     write_stop,
 )
+from orchestrator.kept_log import keep_log
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
 from orchestrator.scoring import log_scores, write_plans
@@ -58,6 +59,12 @@ class Stopped(Exception):
 def main(arguments: Sequence[str]) -> int:
     runs, digest, job = arguments
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    with keep_log(runs, job):
+        log.info("job %s begins", job)
+        return _main(runs, digest, job)
+
+
+def _main(runs: str, digest: str, job: str) -> int:
     try:
         # Ray tells its jobs alone which cluster is theirs; Ray Train's helpers have to know it too.
         address = os.environ["RAY_ADDRESS"]
@@ -71,6 +78,10 @@ def main(arguments: Sequence[str]) -> int:
         log.error("%s", error)
         with contextlib.suppress(DataError):
             write_failure(open_store(runs), job, error)
+        return 1
+    except Exception:
+        # Here, so that the log that is kept has it.
+        log.exception("job %s fails", job)
         return 1
     return 0
 

@@ -14,7 +14,15 @@ from ray.job_submission import JobDetails
 
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, find_spec, list_runs, run_head
-from orchestrator.job_records import Restarts, is_done, is_wished, read_failure, read_restarts, write_restarts
+from orchestrator.job_records import (
+    Restarts,
+    is_done,
+    is_wished,
+    read_failure,
+    read_restarts,
+    write_failure,
+    write_restarts,
+)
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
 from workers.errors import DataError, VitscaleError
@@ -97,10 +105,13 @@ class Supervisor:
             self.note = f"{ended}: {failure}; starting another in {MAX_DELAY_SECONDS:.0f} s"
             return None
         if count >= MAX_RESTARTS:
-            return VitscaleError(
+            failure = VitscaleError(
                 f"{ended} (exit code {details.driver_exit_code}), as {count} before it did without a new "
                 f"commit; the same command tries again. Its log ends:\n{cluster.log_tail(job, details)}"
             )
+            # For `vitscale status`, and for whoever else looks after it.
+            write_failure(self._store, job, failure)
+            return failure
         write_restarts(self._store, self._spec.digest, Restarts(count + 1, images_seen))
         self._not_before = time.monotonic() + min(2.0**count, MAX_DELAY_SECONDS)
         self.note = f"{ended}; starting another from image {images_seen:,}"
