@@ -31,6 +31,7 @@ from orchestrator.kept_log import keep_log
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
 from orchestrator.scoring import log_scores, write_plans
+from orchestrator.time_limit import watch_time
 from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
 from workers.config import RunConfig
@@ -70,7 +71,9 @@ def _main(runs: str, digest: str, job: str) -> int:
         address = os.environ["RAY_ADDRESS"]
         ray.init(address, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
         _stop_in_time(runs, job)
-        run_job(read_spec(runs, digest), job)
+        spec = read_spec(runs, digest)
+        watch_time(spec)
+        run_job(spec, job)
     except Stopped as stopped:
         log.info("%s", stopped)
         return 1

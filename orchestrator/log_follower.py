@@ -12,7 +12,7 @@ from ray.job_submission import JobDetails
 
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec
-from orchestrator.job_records import is_done, is_wished, read_failure
+from orchestrator.job_records import is_done, is_wished, read_failure, why_stopped
 from orchestrator.kept_log import KeptLog, list_logs
 from orchestrator.ray_jobs import ENDED, plain
 from orchestrator.site import Site
@@ -111,7 +111,8 @@ class LogFollower:
         if self._away:
             return ""
         if not is_wished(self._store, self._spec.digest):
-            return "stopped; the same command goes on from its last commit"
+            ends = "the same command goes on from its last commit"
+            return f"stopped; {why_stopped(self._store, self._spec.digest, ends)}"
         job = found[0] if found else self._job
         failure = read_failure(self._store, job) if job else None
         if failure is not None and not isinstance(failure, Unavailable):

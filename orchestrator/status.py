@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, run_url
-from orchestrator.job_records import is_done, is_wished, read_failure, read_note
+from orchestrator.job_records import is_done, is_wished, read_failure, read_note, why_stopped
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
 from workers.errors import DataError
@@ -110,7 +110,7 @@ def _state_of_living(spec: JobSpec, job: _Job, heard: float | None) -> tuple[Sta
         return speaking, job.ray
     store = open_store(spec.runs)
     if not is_wished(store, spec.digest):
-        return "stopping", "it commits, then ends"
+        return "stopping", why_stopped(store, spec.digest, "it commits, then ends")
     # What was heard before it began is of an earlier job.
     return "waiting" if heard is None or heard < job.since else speaking, read_note(store, job.name)
 
@@ -120,7 +120,7 @@ def _state_of_ended(spec: JobSpec, job: _Job, run: str) -> tuple[State, str]:
     if failure := read_failure(store, job.name) if job.name else None:
         return "failed", str(failure)
     if not is_wished(store, spec.digest):
-        return "stopped", "the same command goes on from its last commit"
+        return "stopped", why_stopped(store, spec.digest, "the same command goes on from its last commit")
     return "lost", f"`vitscale supervise {run}`, or the same command, goes on from its last commit"
 
 

@@ -20,11 +20,13 @@ from orchestrator.job_records import (
     is_wished,
     read_failure,
     read_restarts,
+    why_stopped,
     write_failure,
     write_restarts,
 )
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
+from orchestrator.time_limit import write_off
 from workers.errors import DataError, VitscaleError
 from workers.storage import Unavailable, open_store
 
@@ -71,14 +73,15 @@ class Supervisor:
         """Whether the job is done, and what it has failed of for good."""
         if is_done(self._store, self._spec.digest):
             return True, None
+        write_off(self._store, self._spec)
         self._cluster = self._cluster or Cluster(self._site)
         found = self._cluster.newest(self._spec)
         if found is not None and found[1].status not in ENDED:
             self.job, self.note = found[0], ""
             return False, None
         if not is_wished(self._store, self._spec.digest):
-            at = f"stopped at image {self._images_seen():,}"
-            return False, Stopped(f"{at}; the same command goes on from there")
+            ends = why_stopped(self._store, self._spec.digest, "the same command goes on from there")
+            return False, Stopped(f"stopped at image {self._images_seen():,}; {ends}")
         if found is not None and self._judged != found[0]:
             self._judged = found[0]
             if failure := self._judge(self._cluster, *found):

@@ -64,7 +64,12 @@ class FakeRay:
         if job in self.jobs:
             raise RuntimeError(f"Request failed with status code 500: Job {job} already exists.")
         self.jobs[job] = SimpleNamespace(
-            submission_id=job, status=JobStatus.RUNNING, message="", driver_exit_code=None, **details
+            submission_id=job,
+            status=JobStatus.RUNNING,
+            message="",
+            driver_exit_code=None,
+            start_time=None,
+            **details,
         )
         return job
 
