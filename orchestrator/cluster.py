@@ -47,6 +47,10 @@ class Cluster:
         """The running job of this specification, else the last that Ray knows of."""
         return newest_job(spec.digest[:16], self._jobs.all())
 
+    def all(self) -> Mapping[str, JobDetails]:
+        """All jobs that Ray knows of, by its names."""
+        return self._jobs.all()
+
     def log_tail(self, job: str, details: JobDetails) -> str:
         return self._jobs.log_tail(job, details)
 

@@ -54,14 +54,27 @@ def submit(
 
 def status(
     run: Annotated[str | None, typer.Argument(help="A run's name; without it all runs.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks, with --watch.")] = 2.0,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
     """What is true of runs, from their own records in the store; what Ray says of their jobs is a hint.
 
-    Example: vitscale status vit-digits-1a2b3c4d5e
+    With --watch until Ctrl-C or, of one run, until that is complete, stopped or has failed; where standard
+    output is no terminal, lines tell what has changed.
+
+    Example: vitscale status vit-digits-1a2b3c4d5e --watch
     """
+    if watch and as_json:
+        raise ConfigError("--watch, --json: give one; a script asks again and again with --json")
     where = open_site(site)
+    if watch:
+        from orchestrator.run_board import RunBoard
+        from pipelines import dashboard
+
+        dashboard.watch(RunBoard(where, run), run, console, every)
+        return
     from orchestrator.job import find_spec, list_runs
     from orchestrator.status import run_status
     from workers.storage import open_store
