@@ -10,6 +10,7 @@ from ray.job_submission import JobDetails
 
 from orchestrator.job import JobSpec, write_spec
 from orchestrator.job_records import clear_reports
+from orchestrator.kept_log import forget_old_logs
 from orchestrator.ray_jobs import ENDED, RayJobs, newest_job, next_job
 from orchestrator.site import Site
 from orchestrator.wheel import shipped
@@ -38,6 +39,7 @@ class Cluster:
             _refuse_second_writer(spec, jobs)
             write_spec(spec)
             clear_reports(open_store(spec.runs), job)
+            forget_old_logs(open_store(spec.runs), spec.digest)
             names = ",".join(config.run for config in spec.configs)
             arguments = [spec.runs, spec.digest, job]
             with shipped(open_store(spec.runs), spec.wheel) as code:
@@ -47,6 +49,10 @@ class Cluster:
     def newest(self, spec: JobSpec) -> tuple[str, JobDetails] | None:
         """The running job of this specification, else the last that Ray knows of."""
         return newest_job(spec.digest[:16], self._jobs.all())
+
+    def all(self) -> Mapping[str, JobDetails]:
+        """All jobs that Ray knows of, by its names."""
+        return self._jobs.all()
 
     def log_tail(self, job: str, details: JobDetails) -> str:
         return self._jobs.log_tail(job, details)

@@ -28,12 +28,14 @@ from orchestrator.job_records import (
     write_run_failure,
     write_stop,
 )
+from orchestrator.kept_log import keep_log
 from orchestrator.packing import worker_resources
 from orchestrator.place import Place
 from orchestrator.queue import Entry, Share
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
 from orchestrator.registry import Registry
 from orchestrator.scoring import log_scores, write_plans
+from orchestrator.time_limit import watch_time
 from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
 from orchestrator.wheel import check_running
@@ -63,6 +65,12 @@ class Stopped(Exception):
 def main(arguments: Sequence[str]) -> int:
     runs, digest, job = arguments
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    with keep_log(runs, job):
+        log.info("job %s begins", job)
+        return _main(runs, digest, job)
+
+
+def _main(runs: str, digest: str, job: str) -> int:
     try:
         # Ray tells its jobs alone which cluster is theirs; Ray Train's helpers have to know it too.
         address = os.environ["RAY_ADDRESS"]
@@ -70,6 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         _stop_in_time(runs, job)
         spec = read_spec(runs, digest)
         check_running(spec.wheel)
+        watch_time(spec)
         run_job(spec, job)
     except Stopped as stopped:
         log.info("%s", stopped)
@@ -78,6 +87,10 @@ def main(arguments: Sequence[str]) -> int:
         log.error("%s", error)
         with contextlib.suppress(DataError):
             write_failure(open_store(runs), job, error)
+        return 1
+    except Exception:
+        # Here, so that the log that is kept has it.
+        log.exception("job %s fails", job)
         return 1
     return 0
 

@@ -113,15 +113,23 @@ def name_runs(store: Store, spec: JobSpec) -> None:
         store.write(_run_key(config.run), spec.digest.encode())
 
 
-def find_spec(runs: str, run: str) -> JobSpec:
-    """The newest specification that trains this run; ConfigError if there is none."""
+def find_digest(store: Store, run: str) -> str:
+    """Of the newest specification that trains this run; ConfigError if there is none."""
     check_name(run, "run")
     try:
-        spec = read_spec(runs, open_store(runs).read(_run_key(run)).decode())
+        return store.read(_run_key(run)).decode()
     except NotFound:
         raise ConfigError(
-            f"no run {run} was ever submitted to {runs}; `vitscale status` lists them"
+            f"no run {run} was ever submitted to {store.url}; `vitscale status` lists them"
         ) from None
+
+
+def find_spec(runs: str, run: str) -> JobSpec:
+    """Likewise, whole."""
+    try:
+        spec = read_spec(runs, find_digest(open_store(runs), run))
+    except NotFound:
+        raise ConfigError(f"the job of run {run} is gone from {runs}; give its command again") from None
     if all(config.run != run for config in spec.configs):
         raise ConfigError(f"run {run} is of a version of vitscale that named it otherwise; use that version")
     return spec

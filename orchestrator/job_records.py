@@ -7,6 +7,7 @@ Ray's name of one of them (stop, failure, note).
 import contextlib
 import json
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -75,11 +76,26 @@ def clear_reports(store: Store, job: str) -> None:
         store.delete(item.key)
 
 
-def wish(store: Store, digest: str, *, running: bool) -> None:
+@dataclass(frozen=True)
+class Wish:
+    """What its user wants of a specification's job."""
+
+    running: bool
+    """That it gets done; else that it stops."""
+    at: float | None
+    """Since when, in seconds since 1970; None of what an earlier version wrote."""
+    reason: str
+    """Of a stop; empty if its user said so."""
+    id: str
+    """Tells it from earlier and later ones of the same job; empty of what an earlier version wrote."""
+
+
+def wish(store: Store, digest: str, *, running: bool, reason: str = "") -> None:
     """What its user wants of a specification's job: that it gets done, or that it stops."""
     # Each wish that it gets done has an id of its own; a stop is the end of that wish.
     wish_id = secrets.token_hex(4) if running else read_wish_id(store, digest)
-    store.write(_wish_key(digest), json.dumps({"running": running, "id": wish_id}).encode())
+    record = {"running": running, "id": wish_id, "at": time.time(), "reason": reason}
+    store.write(_wish_key(digest), json.dumps(record).encode())
     if running:
         # A user's command counts anew, and does again what may have been undone since.
         store.delete(_done_key(digest))
@@ -91,20 +107,36 @@ def unwish(store: Store, digest: str) -> None:
     store.delete(_wish_key(digest))
 
 
-def read_wish(store: Store, digest: str) -> bool | None:
-    """False if somebody stopped it, None if nobody has asked for it."""
+def find_wish(store: Store, digest: str) -> Wish | None:
+    """None if nobody has asked for it."""
     try:
-        return bool(json.loads(store.read(_wish_key(digest)))["running"])
+        record = json.loads(store.read(_wish_key(digest)))
     except NotFound:
         return None
+    return Wish(
+        running=bool(record["running"]),
+        at=record.get("at"),
+        reason=record.get("reason", ""),
+        id=str(record.get("id", "")),
+    )
+
+
+def read_wish(store: Store, digest: str) -> bool | None:
+    """False if somebody stopped it, None if nobody has asked for it."""
+    found = find_wish(store, digest)
+    return None if found is None else found.running
+
+
+def why_stopped(store: Store, digest: str, ends: str) -> str:
+    """What ended a wish, if it was not its user, before how it ends."""
+    found = find_wish(store, digest)
+    return f"{found.reason}; {ends}" if found is not None and found.reason else ends
 
 
 def read_wish_id(store: Store, digest: str) -> str:
     """Tells this wish from earlier and later ones of the same job; empty if there is none."""
-    try:
-        return str(json.loads(store.read(_wish_key(digest))).get("id", ""))
-    except NotFound:
-        return ""
+    found = find_wish(store, digest)
+    return "" if found is None else found.id
 
 
 def is_wished(store: Store, digest: str) -> bool:
@@ -129,9 +161,9 @@ def read_stop(store: Store, digest: str, job: str) -> str | None:
     """Why a job is to commit and end; None if it is to go on."""
     with contextlib.suppress(NotFound):
         return store.read(_stop_key(job)).decode()
-    with contextlib.suppress(NotFound):
-        if not json.loads(store.read(_wish_key(digest)))["running"]:
-            return "stopped by its user"
+    found = find_wish(store, digest)
+    if found is not None and not found.running:
+        return found.reason or "stopped by its user"
     return None
 
 

@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ray import job_submission
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus
 
 from orchestrator.exposure import refuse_exposed
 from orchestrator.site import Site
@@ -17,6 +18,8 @@ from workers.errors import DataError, root_cause
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
 """How long Ray's head may be too busy to answer before following a job ends."""
+ANSWER_SECONDS = 30.0
+"""How long it may say nothing to a question; Ray's client would wait for ever."""
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 LOG_LINES = 15
 STOP_WAIT_SECONDS = 60
@@ -30,6 +33,13 @@ JOB_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 """Of every process of a job, with the site's settings. Ray shows it to whoever asks: nothing secret."""
+
+
+class JobSubmissionClient(job_submission.JobSubmissionClient):  # type: ignore[misc]
+    def _do_request(self, method: str, endpoint: str, **arguments: Any) -> Any:
+        """What changes something is not given up: it may have been done."""
+        timeout = ANSWER_SECONDS if method == "GET" else None
+        return super()._do_request(method, endpoint, **{"timeout": timeout} | arguments)
 
 
 class RayJobs:
@@ -92,7 +102,7 @@ class RayJobs:
     def log(self, job: str) -> str:
         """Of the driver, without colours."""
         with self.errors():
-            return re.sub(r"\x1b\[[\d;]*m", "", self._client.get_job_logs(job))
+            return plain(self._client.get_job_logs(job))
 
     def log_tail(self, job: str, details: JobDetails) -> str:
         """Of the driver; if it never came to write one, what Ray has to say."""
@@ -115,6 +125,11 @@ class RayJobs:
             raise DataError(
                 f"Ray at {self._site.ray} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
             ) from error
+
+
+def plain(text: str) -> str:
+    """Without colours."""
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 def newest_job(prefix: str, jobs: Mapping[str, JobDetails]) -> tuple[str, JobDetails] | None:

@@ -1,5 +1,5 @@
-"""What the store of runs need not keep: checkpoints that nothing needs, with what was measured of them, and
-uploads that nobody finishes.
+"""What the store of runs need not keep: checkpoints that nothing needs, with what was measured of them, old
+logs of drivers, and uploads that nobody finishes.
 
 A checkpoint is needed if its run's log has it among those that count (the newest of them, if only so many
 are to be kept, and none if the run's result was retired), or if a registered version, a promotion, or the
@@ -21,6 +21,7 @@ from typing import Any
 
 from orchestrator.evaluations import ENTRIES
 from orchestrator.job import SPEC
+from orchestrator.kept_log import KeptLog, list_logs
 from workers.errors import CheckpointError
 from workers.storage import NotFound, ObjectInfo, Store, Upload, join_url, open_store
 from workers.training.checkpoint import MANIFEST, read_manifest
@@ -32,15 +33,19 @@ MEASURED = re.compile(rf"runs/([^/]+)/({ENTRIES}([0-9a-f]{{16}})-[^/]+)/.+")
 """Run, folder and beginning of the manifest's digest of what was measured of a checkpoint."""
 EVALUATION = "evaluation"
 """Why an evaluation goes: its checkpoint is gone."""
+LOG = "log"
+"""Why a driver's log goes: there are newer ones, or its job's specification is gone."""
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A checkpoint, or what there is of one, that goes; or what was measured of one that is gone."""
+    """A checkpoint, or what there is of one, that goes; or what was measured of one that is gone; or the log
+    of a job's driver."""
 
     run: str
+    """Or job, as Ray named it."""
     directory: str
-    """Within the run."""
+    """Within the run; of a log, within the store."""
     reason: str
     objects: list[str]
     """Keys, in the order in which they go."""
@@ -77,6 +82,7 @@ class Retention:
         CheckpointError if a run's log, or all its manifests, cannot be read: what others need is not known.
         """
         self._store = open_store(runs)
+        self._keep = keep
         self._before = time.time() - older_than
         self._objects: defaultdict[tuple[str, str, int], list[ObjectInfo]] = defaultdict(list)
         self._evaluations: defaultdict[tuple[str, str, str], list[ObjectInfo]] = defaultdict(list)
@@ -106,6 +112,19 @@ class Retention:
             # Records first: none of those that are left names what is not there.
             keys = sorted((info.key for info in infos), key=lambda key: (not key.endswith(".json"), key))
             yield Garbage(name, folder, EVALUATION, keys, sum(info.size for info in infos))
+
+    def logs(self) -> Iterator[Garbage]:
+        """Of each specification all but the newest logs, of which as many stay as of commits; all of one that
+        is gone."""
+        found: defaultdict[str, list[KeptLog]] = defaultdict(list)
+        for kept in list_logs(self._store):
+            found[kept.job.partition("-")[0]].append(kept)
+        there = {match[1][:16] for info in self._store.list("jobs/") if (match := SPEC.fullmatch(info.key))}
+        for digest, logs in found.items():
+            num_kept = 0 if digest not in there else len(logs) if self._keep is None else self._keep
+            for kept in logs[: max(0, len(logs) - num_kept)]:
+                if all(self._is_old(key) for key in kept.keys):
+                    yield Garbage(kept.job, kept.prefix, LOG, kept.keys, sum(kept.sizes.values()))
 
     def _has(self, name: str, digest: str, gone: Collection[tuple[str, str]]) -> bool:
         """Does the run have a checkpoint whose manifest's digest begins so, or may it?"""

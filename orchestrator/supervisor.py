@@ -22,10 +22,13 @@ from orchestrator.job_records import (
     read_restarts,
     read_wish,
     read_wish_id,
+    why_stopped,
+    write_failure,
     write_restarts,
 )
 from orchestrator.ray_jobs import ENDED
 from orchestrator.site import Site
+from orchestrator.time_limit import write_off
 from orchestrator.webhook import End, webhook_of
 from workers.errors import DataError, VitscaleError
 from workers.storage import Unavailable, open_store
@@ -92,14 +95,15 @@ class Supervisor:
         """Whether the job is done, and what it has failed of for good."""
         if is_done(self._store, self._spec.digest):
             return True, None
+        write_off(self._store, self._spec)
         self._cluster = self._cluster or Cluster(self._site)
         found = self._cluster.newest(self._spec)
         if found is not None and found[1].status not in ENDED:
             self.job, self.note = found[0], ""
             return False, None
         if not is_wished(self._store, self._spec.digest):
-            at = f"stopped at image {self._images_seen():,}"
-            return False, Stopped(f"{at}; the same command goes on from there")
+            ends = why_stopped(self._store, self._spec.digest, "the same command goes on from there")
+            return False, Stopped(f"stopped at image {self._images_seen():,}; {ends}")
         if found is not None and self._judged != found[0]:
             self._judged = found[0]
             if failure := self._judge(self._cluster, *found):
@@ -126,10 +130,13 @@ class Supervisor:
             self.note = f"{ended}: {failure}; starting another in {MAX_DELAY_SECONDS:.0f} s"
             return None
         if count >= MAX_RESTARTS:
-            return VitscaleError(
+            failure = VitscaleError(
                 f"{ended} (exit code {details.driver_exit_code}), as {count} before it did without a new "
                 f"commit; the same command tries again. Its log ends:\n{cluster.log_tail(job, details)}"
             )
+            # For `vitscale status`, and for whoever else looks after it.
+            write_failure(self._store, job, failure)
+            return failure
         write_restarts(self._store, self._spec.digest, Restarts(count + 1, images_seen))
         self._not_before = time.monotonic() + min(2.0**count, MAX_DELAY_SECONDS)
         self.note = f"{ended}; starting another from image {images_seen:,}"

@@ -13,7 +13,10 @@ from pipelines.terminal import AsJson, SiteFile, console, open_site
 
 def gc(
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Checkpoints to keep of each run, the newest. Default: all.")
+        int | None,
+        typer.Option(
+            min=1, help="Checkpoints to keep of each run, and logs of each job, the newest. Default: all."
+        ),
     ] = None,
     older_than: Annotated[float, typer.Option(min=0, help="Hours; what is younger stays.")] = 1.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
@@ -21,7 +24,7 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Delete checkpoints that no log counts and old ones that nothing needs, with what was measured of them,
-    and abort unfinished uploads.
+    and old logs of jobs' drivers, and abort unfinished uploads.
 
     What a registered version, a promotion, a job or another run needs stays in any case; a version that was
     retired needs nothing.
@@ -30,7 +33,7 @@ def gc(
     """
     where = open_site(site)
     from orchestrator.registry import open_registry
-    from orchestrator.retention import EVALUATION, Retention
+    from orchestrator.retention import EVALUATION, LOG, Retention
 
     registry, seconds = open_registry(where), 3600 * older_than
     before = time.time() - seconds
@@ -41,10 +44,10 @@ def gc(
         keep=keep,
         older_than=seconds,
     )
-    garbage, uploads = list(retention.garbage()), list(retention.uploads())
+    garbage, uploads = [*retention.garbage(), *retention.logs()], list(retention.uploads())
     if not dry_run:
-        for checkpoint in garbage:
-            retention.delete(checkpoint)
+        for item in garbage:
+            retention.delete(item)
         for upload in uploads:
             retention.abort(upload)
     total = sum(checkpoint.size for checkpoint in garbage)
@@ -60,8 +63,11 @@ def gc(
     if garbage:
         console.print(table)
     num_evaluations = sum(item.reason == EVALUATION for item in garbage)
-    count = f"{len(garbage) - num_evaluations} checkpoints"
+    num_logs = sum(item.reason == LOG for item in garbage)
+    count = f"{len(garbage) - num_evaluations - num_logs} checkpoints"
     if num_evaluations:
         count += f", {num_evaluations} evaluations"
+    if num_logs:
+        count += f", {num_logs} logs"
     verb = "would go" if dry_run else "gone"
     console.print(f"{verb}: {count}, {total:,} bytes; {len(uploads)} unfinished uploads")

@@ -10,7 +10,7 @@ from orchestrator.machine import Machine
 from orchestrator.past_runs import PastRun
 from orchestrator.planning import Plan, make_plan
 from orchestrator.speed import model_label
-from pipelines.pipeline.show import clock
+from pipelines.terminal import clock
 from workers.config import RunConfig
 from workers.data.decode_rate import measure_decoding
 from workers.data.index import DatasetIndex

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from orchestrator.status import RunStatus
 
 Run = Annotated[str, typer.Argument(help="A run's name, as `vitscale submit` and MLflow have it.")]
-POLL_SECONDS = 1.0
 
 
 def submit(
@@ -55,14 +54,27 @@ def submit(
 
 def status(
     run: Annotated[str | None, typer.Argument(help="A run's name; without it all runs.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks, with --watch.")] = 2.0,
     site: SiteFile = None,
     as_json: AsJson = False,
 ) -> None:
     """What is true of runs, from their own records in the store; what Ray says of their jobs is a hint.
 
-    Example: vitscale status vit-digits-1a2b3c4d5e
+    With --watch until Ctrl-C or, of one run, until that is complete, stopped or has failed; where standard
+    output is no terminal, lines tell what has changed.
+
+    Example: vitscale status vit-digits-1a2b3c4d5e --watch
     """
+    if watch and as_json:
+        raise ConfigError("--watch, --json: give one; a script asks again and again with --json")
     where = open_site(site)
+    if watch:
+        from orchestrator.run_board import RunBoard
+        from pipelines import dashboard
+
+        dashboard.watch(RunBoard(where, run), run, console, every)
+        return
     from orchestrator.job import find_spec, list_runs
     from orchestrator.status import run_status
     from workers.storage import open_store
@@ -108,27 +120,28 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
     site: SiteFile = None,
 ) -> None:
-    """What the driver of a run's job has written, as far as Ray still has it.
+    """What the driver of a run's job has written: from Ray or, where Ray has it no more, as the store of runs
+    has it.
+
+    With -f it goes on through outages of Ray, and with the next job of the run if another was started.
 
     Example: vitscale logs -f vit-digits-1a2b3c4d5e
     """
     where = open_site(site)
-    from orchestrator.cluster import Cluster
     from orchestrator.job import find_spec
-    from orchestrator.ray_jobs import ENDED
+    from orchestrator.log_follower import LogFollower
 
-    spec, cluster = find_spec(where.runs, run), Cluster(where)
-    job, printed = "", 0
-    while (found := cluster.newest(spec)) is not None:
-        if found[0] != job:
-            job, printed = found[0], 0
-        text = cluster.log(job)
-        typer.echo(text[printed:], nl=False)
-        printed = len(text)
-        if not follow or found[1].status in ENDED:
-            return
-        time.sleep(POLL_SECONDS)
-    errors.print(f"Ray knows of no job of {run}; `vitscale status {run}` says how it stands")
+    follower = LogFollower(
+        where,
+        find_spec(where.runs, run),
+        run,
+        lambda text: typer.echo(text, nl=False),
+        lambda text: errors.print(text, markup=False),
+    )
+    if follow:
+        follower.follow()
+    elif not follower.show():
+        errors.print(f"there is no log of {run} yet; `vitscale status {run}` says how it stands")
 
 
 def stop(run: Run, site: SiteFile = None, as_json: AsJson = False) -> None:

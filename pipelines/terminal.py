@@ -70,6 +70,15 @@ def progress_console(as_json: bool) -> Console:
     return errors if as_json else console
 
 
+def clock(seconds: float) -> str:
+    """38 s, 12:05 or 3:04:05."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
 def bar(label: str, console: Console = errors) -> AbstractContextManager[Callable[[int, int], None]]:
     return _Bar(label, console)
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 
 from orchestrator.job import JobSpec
-from orchestrator.job_records import read_wish
+from orchestrator.job_records import find_wish
 from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
@@ -64,12 +64,13 @@ class FineTune:
 
     def _keep_alive(self, spec: JobSpec) -> str:
         """Start it, unless somebody has stopped it, or see how it stands."""
-        wished = read_wish(open_store(spec.runs), spec.digest)
-        if wished is False:
-            return "stopped by somebody; `vitscale finetune` with the same options goes on"
+        found = find_wish(open_store(spec.runs), spec.digest)
+        if found is not None and not found.running:
+            why = f"stopped: {found.reason}" if found.reason else "stopped by somebody"
+            return f"{why}; `vitscale finetune` with the same options goes on"
         supervisor = self._jobs.get(spec.digest)
         if supervisor is None:
-            supervisor = submit(self._site, spec) if wished is None else Supervisor(self._site, spec)
+            supervisor = submit(self._site, spec) if found is None else Supervisor(self._site, spec)
             self._jobs[spec.digest] = supervisor
         try:
             done = supervisor.step()

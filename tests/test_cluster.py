@@ -29,6 +29,7 @@ from orchestrator.cluster import Cluster
 from orchestrator.daemons import _ray_folder
 from orchestrator.job import JobSpec, find_spec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
+from orchestrator.kept_log import list_logs
 from orchestrator.queue_records import EntryReader
 from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
@@ -72,7 +73,12 @@ class FakeRay:
         if job in self.jobs:
             raise RuntimeError(f"Request failed with status code 500: Job {job} already exists.")
         self.jobs[job] = SimpleNamespace(
-            submission_id=job, status=JobStatus.RUNNING, message="", driver_exit_code=None, **details
+            submission_id=job,
+            status=JobStatus.RUNNING,
+            message="",
+            driver_exit_code=None,
+            start_time=None,
+            **details,
         )
         return job
 
@@ -407,6 +413,13 @@ def test_a_command_that_is_ended_ends_its_job_and_the_next_goes_on(services: Sit
     assert head.seq in lineage
     scored = json.loads((run / "score.json").read_bytes())
     assert scored["planned_to_measured"]["memory_bytes"] == pytest.approx(1, rel=0.5)
+    logs = [*VITSCALE, "logs", run.name, "--site", train[train.index("--site") + 1]]
+    shown = subprocess.run(logs, capture_output=True, text=True, timeout=200)
+    store, digest = open_store(services.runs), find_spec(services.runs, run.name).digest
+    kept = [b"".join(piece for _, piece in of.read(store)).decode() for of in list_logs(store, digest)]
+    assert [text.count(" begins\n") for text in kept] == [1, 1]
+    assert "asked to stop" in kept[0]  # by a worker, as Ray prints it here
+    assert kept[1] == shown.stdout
 
 
 @pytest.mark.services

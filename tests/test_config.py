@@ -133,6 +133,7 @@ VALUES: dict[str, Any] = {
         "cache_directory": "/cache",
         "cache_bytes": 1 << 30,
         "hang_seconds": 20.0,
+        "max_hours": 12.5,
         "drill": {"record_batches": True, "kill_at_step": 3, "fail_at_step": 4},
     },
 }
@@ -196,6 +197,7 @@ NO_MATTER = {
     "compute.cache_directory",
     "compute.cache_bytes",
     "compute.hang_seconds",
+    "compute.max_hours",
     "compute.drill.record_batches",
     "compute.drill.kill_at_step",
     "compute.drill.fail_at_step",

@@ -21,8 +21,9 @@ from pipelines.pipeline import work
 from pipelines.pipeline.file import read_pipeline
 from pipelines.pipeline.records import StageRecords
 from pipelines.pipeline.run import StageState, new_states, plan, run
-from pipelines.pipeline.show import clock, shown, table
+from pipelines.pipeline.show import shown, table
 from pipelines.pipeline.tell import describe
+from pipelines.terminal import clock
 from tests.fake_mlflow import FakeMlflow
 from tests.test_cluster import SITE
 from tests.test_pipeline_file import DIGITS

@@ -165,3 +165,9 @@ def test_a_policy_is_of_aws_s_grammar(name: str) -> None:
 def test_the_lifecycle_expires_nothing() -> None:
     (rule,) = json.loads((FOLDER / "lifecycle.json").read_text())["Rules"]
     assert rule.keys() == {"ID", "Status", "Filter", "AbortIncompleteMultipartUpload"}
+
+
+def test_who_collects_may_delete_logs_and_no_other_record_of_a_job() -> None:
+    of = {"Bucket": "example-training", "Key": "jobs/0123456789abcdef-0.log/1700000000000/000000000000"}
+    assert allows("retention", "delete_object", of)
+    assert not allows("retention", "delete_object", of | {"Key": f"jobs/{'0' * 64}.wish.json"})

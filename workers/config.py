@@ -267,6 +267,9 @@ class ComputeConfig(Part):
     hang_seconds: float = Field(default=30.0, ge=0)
     """A worker that stands still for so long, in a step or waiting for a batch, is killed, and its group goes
     on from the last commit. 0: nobody looks, as a debugger wants it."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """After so many since its user's command the run's job commits and stops, whether it trains or waits.
+    None: never."""
     drill: DrillConfig = DrillConfig()
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.pipeline.run import StageState, Told
+from pipelines.terminal import clock
 
 COLOURS = {"waiting": "dim", "running": "bold cyan", "done": "green", "failed": "red", "stopped": "yellow"}
 
@@ -31,15 +32,6 @@ def table(states: list[StageState]) -> Table:
             escape(state.about.partition("\n")[0]),
         )
     return found
-
-
-def clock(seconds: float) -> str:
-    """38 s, 12:05 or 3:04:05."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 @contextlib.contextmanager

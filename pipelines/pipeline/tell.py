@@ -7,8 +7,8 @@ from orchestrator.site import Site
 from pipelines.pipeline.file import Pipeline
 from pipelines.pipeline.records import digest_of
 from pipelines.pipeline.run import StageState, Told
-from pipelines.pipeline.show import clock
 from pipelines.pretrain import EXPERIMENT
+from pipelines.terminal import clock
 from workers.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.job_records import read_note, read_run_failures
-from pipelines.pipeline.show import COLOURS, clock
+from pipelines.pipeline.show import COLOURS
 from pipelines.scaling.standing import Standing, State
+from pipelines.terminal import clock
 from workers.errors import VitscaleError
 from workers.storage import Unavailable, open_store
 

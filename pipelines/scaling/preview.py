@@ -8,12 +8,12 @@ from rich.console import Group
 from rich.table import Table
 
 from orchestrator.speed import Speed
-from pipelines.pipeline.show import clock
 from pipelines.scaling.budget import Verdict, settle
 from pipelines.scaling.cost import Cost, Total, rung_cost, total_cost
 from pipelines.scaling.rules import BatchRule, RateRule
 from pipelines.scaling.rungs import Rung, rungs, study_run
 from pipelines.scaling.study import Study
+from pipelines.terminal import clock
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError
 

@@ -153,16 +153,29 @@ class CommitLog:
                 "this one ends without a trace in the result"
             )
 
-    def newest_lease(self) -> Lease | None:
-        """Whose owner alone may commit."""
-        newest = None
+    def newer(self, lease: Lease | None, head: Commit | None) -> tuple[Lease | None, Commit | None]:
+        """The newest lease and the head under it now, where an earlier look found these: asks only for what
+        may have come since."""
+        newest = self.newest_lease(lease)
+        if newest is None:
+            return None, None
+        return newest, self._head_under(newest, head if newest == lease else None)
+
+    def written(self, commit: Commit) -> float:
+        """When, in seconds since 1970, by the store's clock."""
+        return self.store.modified(_commit_key(commit.seq))
+
+    def newest_lease(self, newest: Lease | None = None) -> Lease | None:
+        """Whose owner alone may commit; an earlier one spares asking for those before it."""
         while (lease := self._lease(newest.epoch + 1 if newest else 0)) is not None:
             newest = lease
         return newest
 
-    def _head_under(self, lease: Lease) -> Commit | None:
-        head = self._existing(lease.continues) if lease.continues is not None else None
-        seq = 0 if lease.continues is None else lease.continues + 1
+    def _head_under(self, lease: Lease, head: Commit | None = None) -> Commit | None:
+        """`head`: an earlier one under this lease."""
+        if head is None and lease.continues is not None:
+            head = self._existing(lease.continues)
+        seq = 0 if head is None else head.seq + 1
         while (commit := self._commit(seq)) is not None:
             if commit.epoch == lease.epoch:
                 head = commit

@@ -109,10 +109,11 @@ class EventWriter:
 class EventReader:
     """Reads each event of a run once, in order; call `read` again for what has come since."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, epoch: int = 0, seq: int = 0) -> None:
+        """`epoch`, `seq`: of the segment to begin with."""
         self._store = store
-        self._epoch = 0
-        self._seq = 0
+        self._epoch = epoch
+        self._seq = seq
         self._lines: deque[bytes] = deque()
         """Of the last segment; not handed out yet."""
 
@@ -143,8 +144,8 @@ class EventReader:
         return True
 
 
-def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
-    """Of an epoch's first and last few segments, in few requests: as the logarithm of their number."""
+def newest_segment(store: Store, epoch: int) -> int:
+    """Number of an epoch's last segment, -1 if there is none, in few requests: as the logarithm of it."""
     known, step = -1, 1
     while _exists(store, segment_key(epoch, known + step)):
         known, step = known + step, 2 * step
@@ -152,6 +153,12 @@ def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
         step //= 2
         if _exists(store, segment_key(epoch, known + step)):
             known += step
+    return known
+
+
+def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
+    """Of an epoch's first and last few segments, in few requests."""
+    known = newest_segment(store, epoch)
     seqs = sorted({0, *range(max(0, known + 1 - LATEST), known + 1)}) if known >= 0 else []
     lines = [store.read(segment_key(epoch, seq)).splitlines() for seq in seqs]
     return [json.loads(line) for segment in lines for line in segment]
