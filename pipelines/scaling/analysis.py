@@ -153,12 +153,13 @@ def _model(rows: Sequence[Row], confidence: float) -> ModelCurve:
         key=lambda row: (row["unique_images"], row["seed"]),
     )
     curve, law, held, refused = None, None, None, ""
+    name = f"{NAMES[rows[0]['family']]} {rows[0]['size']}"
     try:
-        curve = _curve(f"{NAMES[rows[0]['family']]} {rows[0]['size']}", kept, "unique_images")
+        curve = _curve(name, kept, "unique_images")
         law = fit_ensemble(curve.x, curve.y, curve.seeds)
         held = _held(curve, kept[0]["total"], confidence)
     except DataError as error:
-        refused = str(error)
+        refused = str(error).removeprefix(f"{name}: ")
     return ModelCurve(
         family=rows[0]["family"],
         size=rows[0]["size"],
