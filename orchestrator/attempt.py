@@ -6,6 +6,7 @@ wishes of the user instead, and asks the group to commit and end (`workers/train
 
 import contextlib
 import logging
+import math
 import tempfile
 import threading
 import time
@@ -33,6 +34,8 @@ LOOK_SECONDS = 1.0
 SETTLED_SECONDS = 10.0
 """How long the room must have stayed the same before a group grows into it: nodes come one after another, and
 a restart costs about as much."""
+LOSS_SECONDS = 20.0
+"""After nodes have come or gone, until shares count again: the groups that were there say that they wait."""
 
 
 class Attempt:
@@ -44,6 +47,9 @@ class Attempt:
         self._fits: int | None = size
         """The most workers that there was room for at the last look, and since when."""
         self._fits_since = time.monotonic()
+        self._num_nodes: int | None = None
+        """At the last look, and since when."""
+        self._num_nodes_since = -math.inf
         self.reason: str | None = None
         """Why the group was asked to end."""
         self._hangs_before: dict[str, set[str]] = {}
@@ -97,17 +103,22 @@ class Attempt:
         share = self._place.share(None if self._spec.autoscaling else now.nodes)
         if now.leaving:
             return "a node is about to go"
-        if share.why:
-            return f"makes way in queue {compute.queue}: {share.why}"
-        # No workers and no reason: nodes are gone, and nobody has anything of it if these end, too.
-        if 0 < share.workers < self._size:
-            return f"makes way in queue {compute.queue}: {share.workers} workers are its share"
+        if self._nodes_stay(len(now.nodes)) and (share.why or 0 < share.workers < self._size):
+            # No workers and no reason: nodes are gone, and nobody has anything of it if these end, too.
+            return f"makes way in queue {compute.queue}: {share.why or f'its share is {share.workers}'}"
         size = now.fits(compute, at_most=share.workers, beside=self._size)
         if size != self._fits:
             self._fits, self._fits_since = size, time.monotonic()
         if size is not None and size > self._size and self._settled():
             return f"there is room for {size} workers"
         return None
+
+    def _nodes_stay(self, num_nodes: int) -> bool:
+        if num_nodes != self._num_nodes:
+            if self._num_nodes is not None:
+                self._num_nodes_since = time.monotonic()
+            self._num_nodes = num_nodes
+        return time.monotonic() - self._num_nodes_since >= LOSS_SECONDS
 
     def _settled(self) -> bool:
         return time.monotonic() - self._fits_since >= SETTLED_SECONDS

@@ -85,7 +85,7 @@ class Place:
 
     def take(self, workers: int, nodes: Sequence[Resources] | None) -> bool:
         """Tell the others that so many run; False if one of them was faster, and then none do."""
-        self._change(started=self._entry.started or self._known.now(), workers=workers, note="")
+        self._change(started=self._entry.started or self._next(), workers=workers, note="")
         if self.share(nodes).workers >= workers:
             return True
         self.wait("")
@@ -94,6 +94,13 @@ class Place:
     def wait(self, note: str) -> None:
         """Tell the others that none run, and what is waited for."""
         self._change(started=None, workers=0, note=note)
+
+    def _next(self) -> float:
+        """Now, and after all who have started: clocks are read as well as that goes over a network."""
+        with self._writing:
+            self._try_to_look()
+        started = (entry.started for entry in self._known.entries if entry.started is not None)
+        return max(self._known.now(), max(started, default=0.0) + 0.001)
 
     def _change(self, **fields: Any) -> None:
         with self._writing:

@@ -171,7 +171,7 @@ def used(entries: list[Entry], shares: dict[str, Share], resource: str, queue: s
 
 
 @given(entry_lists(), QUOTA, NODES)
-@settings(max_examples=300)
+@settings(max_examples=200, deadline=None)
 def test_no_share_is_above_the_cluster_or_a_quota(
     entries: list[Entry], quotas: dict[str, Quota], nodes: list[Resources]
 ) -> None:
@@ -193,6 +193,7 @@ def test_no_share_is_above_the_cluster_or_a_quota(
 
 
 @given(entry_lists(), QUOTA, NODES | st.none(), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
 def test_every_driver_comes_to_the_same(
     entries: list[Entry], quotas: dict[str, Quota], nodes: list[Resources] | None, order: random.Random
 ) -> None:
@@ -202,6 +203,7 @@ def test_every_driver_comes_to_the_same(
 
 
 @given(entry_lists(), QUOTA, NODES | st.none())
+@settings(max_examples=200, deadline=None)
 def test_lower_ones_change_nothing_for_higher_ones_nor_those_who_wait_for_equals_with_a_place(
     entries: list[Entry], quotas: dict[str, Quota], nodes: list[Resources] | None
 ) -> None:
@@ -219,6 +221,7 @@ def test_lower_ones_change_nothing_for_higher_ones_nor_those_who_wait_for_equals
 
 
 @given(entry_lists(), QUOTA, NODES, st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
 def test_everybody_who_ever_fits_gets_a_turn_though_small_equals_keep_coming(
     entries: list[Entry], quotas: dict[str, Quota], nodes: list[Resources], order: random.Random
 ) -> None:
@@ -421,7 +424,7 @@ def test_a_driver_waits_for_its_turn_and_says_so(monkeypatch: pytest.MonkeyPatch
     ("share", "reason"),
     [
         (Share(4), None),
-        (Share(3), "makes way in queue vision: 3 workers are its share"),
+        (Share(3), "makes way in queue vision: its share is 3"),
         (Share(0, "2 runs are ahead"), "makes way in queue vision: 2 runs are ahead"),
         (Share(0), None),  # a node was lost, and nobody waits for the others
     ],
@@ -437,6 +440,24 @@ def test_a_group_makes_way_for_whom_its_place_is(
     attempt = Attempt(make_spec(store_url, config), JOB, [config], 4, place)
     attempt._look()
     assert attempt.reason == read_stop(run, 0) == reason
+
+
+def test_after_a_loss_of_nodes_a_group_waits_for_what_others_say(
+    monkeypatch: pytest.MonkeyPatch, store_url: str
+) -> None:
+    """Those that ran there have a place in the queue until they notice."""
+    nodes = nodes_of(4, 4)
+    monkeypatch.setattr(attempt_module, "room", lambda compute: Room(8, 0, leaving=False, nodes=nodes))
+    short = Share(0, "1 run of higher or equal priority is ahead")
+    place: Any = Turns(Share(4), short, short)
+    attempt = Attempt(make_spec(store_url, CONFIG), JOB, [CONFIG], 4, place)
+    attempt._look()
+    nodes.pop()
+    attempt._look()
+    assert attempt.reason is None
+    monkeypatch.setattr(attempt_module, "LOSS_SECONDS", 0.0)
+    attempt._look()
+    assert attempt.reason == f"makes way in queue vision: {short.why}"
 
 
 def test_a_cluster_without_the_accelerator_says_which_there_are(
