@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
@@ -22,6 +23,9 @@ from tests.fake_mlflow import FakeMlflow
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
 from workers.storage import s3_client
+
+hypothesis.settings.register_profile("vitscale", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("vitscale")
 
 TINY_CLASSES = ("dark", "light")
 TINY_SHARDS = {"tiny-0.tar": 5, "tiny-1.tar": 1, "tiny-2.tar": 7}

@@ -100,7 +100,7 @@ def test_arguments_of_a_job_pass_its_shell_unchanged_and_execute_nothing(
     client = SimpleNamespace(submit_job=submitted.update)
     monkeypatch.setattr(ray_jobs, "JobSubmissionClient", lambda address: client)
     site = Site(ray="http://127.0.0.1:1", mlflow="sqlite:///x.db", data="file:///data", runs="file:///runs")
-    RayJobs(site).submit("orchestrator.driver", hostile(), "job", {})
+    RayJobs(site).submit("orchestrator.driver", hostile(), "job", {}, {})
     # Ray gives the entry point to a shell, in which `python` is ours here and says what it was given.
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
