@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 
 import ray
@@ -17,9 +16,11 @@ import ray.train
 from ray.autoscaler.sdk import request_resources
 
 from orchestrator.attempt import Attempt
-from orchestrator.capacity import Room, room
+from orchestrator.capacity import room
 from orchestrator.job import JobSpec, is_complete, read_spec, run_head
 from orchestrator.job_records import (
+    Stopped,
+    raise_if_stopped,
     read_stop,
     wished_at,
     write_done,
@@ -38,9 +39,10 @@ from orchestrator.scoring import log_scores, write_plans
 from orchestrator.time_limit import watch_time
 from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
+from orchestrator.turn import await_turn, no_room
 from orchestrator.wheel import check_running
 from workers.config import ComputeConfig, RunConfig
-from workers.errors import ConfigError, DataError, VitscaleError
+from workers.errors import DataError, VitscaleError
 from workers.storage import Unavailable, open_store, probe
 
 log = logging.getLogger(__name__)
@@ -49,17 +51,10 @@ RESTARTS = 3
 """Worker groups that may die without a new commit before the job gives up."""
 LOST_NODE_SECONDS = 300.0
 """How long a job waits for a cluster of fixed size to get back a node that it lost."""
-SETTLE_SECONDS = 5.0
-"""How long the resources of a group that has ended may take to be free again."""
-POLL_SECONDS = 1.0
 TRACKING_PATIENCE = 600.0
 """How long a job that is done waits for MLflow to hear of it."""
 STOP_SECONDS = STOP_WAIT_SECONDS - 10
 """For a commit and the end, of those that Ray leaves a job that it stops."""
-
-
-class Stopped(Exception):
-    """Committed and ended, because somebody wished it."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -155,7 +150,7 @@ def _fit_all(spec: JobSpec, job: str) -> None:
     compute = configs[0].compute
     now, fewest = room(compute), compute.worker_counts[0]
     if now.total < fewest and not spec.autoscaling:
-        raise _no_room(compute, now)
+        raise no_room(compute, now)
     size = max((count for count in compute.worker_counts if count <= now.total), default=fewest)
     at_once = max(1, now.total // size)
     groups = share_out(configs, num_trials(len(configs), at_once, spec.runs_per_trial))
@@ -185,81 +180,9 @@ def _fit_groups(spec: JobSpec, job: str, groups: list[list[RunConfig]], at_once:
         return None
 
     failures = run_trials(trial, len(groups), at_once, restarts=RESTARTS)
-    if reason := read_stop(open_store(spec.runs), spec.digest, job):
-        raise Stopped(reason)
+    raise_if_stopped(open_store(spec.runs), spec.digest, job)
     if failures:
         raise failures[0]
-
-
-def _await_room(spec: JobSpec, job: str, place: Place, *, patience: float) -> int:
-    """How many workers the next group has; ConfigError if the cluster's nodes do not hold the fewest."""
-    compute = spec.configs[0].compute
-    since, told = time.monotonic(), ""
-    while True:
-        now = room(compute)
-        nodes = None if spec.autoscaling else now.nodes
-        share, waited, size = place.share(nodes), time.monotonic() - since, None
-        if share.why:
-            note, since = f"waiting in queue {compute.queue}: {share.why}", time.monotonic()
-            place.wait(share.why)
-        elif now.total < compute.worker_counts[0] and not spec.autoscaling:
-            if waited >= patience:
-                raise _no_room(compute, now)
-            note = f"waiting for lost nodes: no room for {_lack(compute, now)}"
-            place.wait(note)
-        else:
-            size, note = _size_now(spec, now, share, settled=waited >= SETTLE_SECONDS)
-        taken = size is not None and place.take(size, nodes)
-        if note != told:
-            _note(spec, job, told := note)
-        if size is not None and taken:
-            return size
-        if reason := read_stop(open_store(spec.runs), spec.digest, job):
-            raise Stopped(reason)
-        time.sleep(POLL_SECONDS)
-
-
-def _size_now(spec: JobSpec, now: Room, share: Share, *, settled: bool) -> tuple[int | None, str]:
-    """Of a group that has its turn: its workers, or None if it had better wait; and what for.
-
-    Of a fixed number it starts at once, and Ray gives it what others are about to leave. A cluster that adds
-    nodes does so for what Ray Train asks of it, so there is nothing to wait for here.
-    """
-    compute = spec.configs[0].compute
-    fewest, most = compute.worker_counts[0], compute.worker_counts[-1]
-    if fewest == most:
-        size = most if now.total >= most else None
-    else:
-        size = now.fits(compute, at_most=share.workers)
-    if size is None and spec.autoscaling:
-        return fewest, f"waiting for nodes for {_lack(compute, now)}"
-    if size is None:
-        return None, "waiting for what others still use" if settled else ""
-    return (size if fewest == most or size >= share.workers or settled else None), ""
-
-
-def _lack(compute: ComputeConfig, now: Room) -> str:
-    each = f"{compute.cpus_per_worker} CPU"
-    if compute.gpus_per_worker:
-        each += f" and {compute.gpus_per_worker} GPU"
-    if compute.accelerator:
-        each += f" on accelerator {compute.accelerator}"
-    fewest = compute.worker_counts[0]
-    return f"{fewest} workers of {each} each; the cluster's nodes have room for {now.total}"
-
-
-def _no_room(compute: ComputeConfig, now: Room) -> ConfigError:
-    if compute.accelerator and compute.accelerator not in now.accelerators:
-        there = ", ".join(now.accelerators) or "none"
-        return ConfigError(
-            f"compute.accelerator: no node of this cluster has accelerator {compute.accelerator}; there are: "
-            f"{there}. Ask for another or, if the cluster adds nodes on demand, put `autoscaling: true` into "
-            "the site file"
-        )
-    return ConfigError(
-        f"compute.workers: no room for {_lack(compute, now)}. Ask for less or, if the cluster adds nodes on "
-        "demand, put `autoscaling: true` into the site file"
-    )
 
 
 def share_out(configs: Sequence[RunConfig], num_groups: int) -> list[list[RunConfig]]:
@@ -302,7 +225,7 @@ def _fit_at(place: Place, spec: JobSpec, job: str, group: Sequence[RunConfig]) -
     deaths, progress = 0, _images_seen(spec.runs, group)
     patience = 0.0
     while waiting := _incomplete(spec.runs, [c for c in group if c.run not in failures]):
-        size = _await_room(spec, job, place, patience=patience)
+        size = await_turn(spec, job, place, patience=patience)
         patience = LOST_NODE_SECONDS
         if spec.autoscaling:
             _ask_for_nodes(waiting[0].compute, place.share(None))
@@ -333,7 +256,7 @@ def _fit_at(place: Place, spec: JobSpec, job: str, group: Sequence[RunConfig]) -
             log.error("%s cannot be trained: %s", stuck[0].run, cause)
         else:
             log.warning("the worker group died at image %d, starting it again: %s", progress, cause)
-            _note(spec, job, f"{death}; starting again from image {progress:,}")
+            write_note(open_store(spec.runs), job, f"{death}; starting again from image {progress:,}")
     if failures:
         raise next(iter(failures.values()))
 
@@ -348,10 +271,9 @@ def _make_way(spec: JobSpec, job: str, attempt: Attempt) -> None:
     """After a group has ended by itself; Stopped if its job is to end with it."""
     if attempt.reason is None or not _incomplete(spec.runs, attempt.runs):
         return
-    if reason := read_stop(open_store(spec.runs), spec.digest, job):
-        raise Stopped(reason)
+    raise_if_stopped(open_store(spec.runs), spec.digest, job)
     log.info("the worker group has made way: %s", attempt.reason)
-    _note(spec, job, f"{attempt.reason}; going on from the commit made for it")
+    write_note(open_store(spec.runs), job, f"{attempt.reason}; going on from the commit made for it")
 
 
 def _incomplete(runs: str, configs: Sequence[RunConfig]) -> list[RunConfig]:
@@ -378,11 +300,6 @@ def _as_ours(error: BaseException) -> VitscaleError:
         ]
         seen += [other for other in nested if isinstance(other, BaseException) and other not in seen]
     return VitscaleError(f"training failed: {error}")
-
-
-def _note(spec: JobSpec, job: str, text: str) -> None:
-    with contextlib.suppress(DataError):
-        write_note(open_store(spec.runs), job, text)
 
 
 if __name__ == "__main__":

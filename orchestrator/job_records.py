@@ -57,8 +57,9 @@ def read_run_failures(store: Store, job: str) -> dict[str, VitscaleError]:
 
 
 def write_note(store: Store, job: str, text: str) -> None:
-    """What a job waits for, in a line for the command that follows it."""
-    store.write(_note_key(job), text.encode())
+    """What a job waits for, in a line for the command that follows it; a store that is away gets none."""
+    with contextlib.suppress(DataError):
+        store.write(_note_key(job), text.encode())
 
 
 def read_note(store: Store, job: str) -> str:
@@ -167,6 +168,16 @@ def read_stop(store: Store, digest: str, job: str) -> str | None:
     return None
 
 
+class Stopped(Exception):
+    """Committed and ended, because somebody wished it."""
+
+
+def raise_if_stopped(store: Store, digest: str, job: str) -> None:
+    """Stopped, with the reason, if a job is to commit and end."""
+    if reason := read_stop(store, digest, job):
+        raise Stopped(reason)
+
+
 def write_done(store: Store, digest: str) -> None:
     """All runs are complete, told to MLflow, and registered."""
     with contextlib.suppress(AlreadyExists):
@@ -218,12 +229,10 @@ def is_told(store: Store, digest: str, event: str) -> bool:
 def last_noted(store: Store, digest: str) -> float:
     """When something was last noted of a job, other than that it was told, by the store's clock, in seconds
     since 1970."""
-    noted = 0.0
-    for item in list(store.list(f"jobs/{digest[:16]}")):
-        if not item.key.startswith(_told_key(digest, "")):
-            with contextlib.suppress(NotFound):
-                noted = max(noted, store.modified(item.key))
-    return noted
+    items = store.list(f"jobs/{digest[:16]}")
+    return max(
+        (item.modified for item in items if not item.key.startswith(_told_key(digest, ""))), default=0.0
+    )
 
 
 def _wish_key(digest: str) -> str:

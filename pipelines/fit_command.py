@@ -1,8 +1,9 @@
 """The command `vitscale fit`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -10,12 +11,16 @@ from pipelines.terminal import AsJson, SiteFile, bar, console, open_site
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from pipelines.scaling.measured import Columns
     from pipelines.scaling.table import Table
 
 MLFLOW = "mlflow:"
 JOINT = "chinchilla"
 SHAPE = "shape"
+Report = TypeVar("Report")
+"""Of curves, of runs in size and data, or in shape and FLOPs."""
 
 
 def fit(
@@ -170,18 +175,11 @@ def _fit_curves(
         against=others,
         families=_families(break_even) if break_even else None,
     )
-    if plot is not None:
-        from pipelines.scaling.plots import draw_curves, write_figure
-
-        write_figure(draw_curves(report), plot)
     if out is not None:
         from pipelines.scaling.tidy import write_forecasts
 
         write_forecasts(report, out)
-    if as_json:
-        typer.echo(json.dumps(curve_json(report), allow_nan=False))
-        return
-    console.print(curve_tables(report))
+    _show(report, curve_json, curve_tables, plot, as_json)
 
 
 def _fit_runs(
@@ -214,14 +212,7 @@ def _fit_runs(
             next_budget=next_run,
             progress=progress,
         )
-    if plot is not None:
-        from pipelines.scaling.plots import draw_runs, write_figure
-
-        write_figure(draw_runs(report), plot)
-    if as_json:
-        typer.echo(json.dumps(joint_json(report), allow_nan=False))
-        return
-    console.print(joint_tables(report))
+    _show(report, joint_json, joint_tables, plot, as_json)
 
 
 def _fit_shapes(
@@ -250,14 +241,24 @@ def _fit_shapes(
             backtest=backtest,
             progress=progress,
         )
-    if plot is not None:
-        from pipelines.scaling.plots import draw_shapes, write_figure
+    _show(report, shape_json, shape_tables, plot, as_json)
 
-        write_figure(draw_shapes(report), plot)
+
+def _show(
+    report: Report,
+    values: Callable[[Report], dict[str, Any]],
+    tables: Callable[[Report], "Group"],
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    if plot is not None:
+        from pipelines.scaling.plots import draw, write_figure
+
+        write_figure(draw(report), plot)
     if as_json:
-        typer.echo(json.dumps(shape_json(report), allow_nan=False))
+        typer.echo(json.dumps(values(report), allow_nan=False))
         return
-    console.print(shape_tables(report))
+    console.print(tables(report))
 
 
 def _families(text: str) -> tuple[str, str]:

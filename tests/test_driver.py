@@ -7,12 +7,12 @@ import pytest
 import ray
 import ray.train
 
-from orchestrator import driver
+from orchestrator import driver, turn
 from orchestrator.attempt import Attempt
 from orchestrator.capacity import Room
-from orchestrator.driver import RESTARTS, Stopped
+from orchestrator.driver import RESTARTS
 from orchestrator.job import JobSpec, is_complete, run_url
-from orchestrator.job_records import read_note, read_run_failures, write_stop
+from orchestrator.job_records import Stopped, read_note, read_run_failures, write_stop
 from orchestrator.place import Place
 from orchestrator.queue import Share
 from orchestrator.site import Site
@@ -53,8 +53,8 @@ ALONE: Any = Alone()
 def use_rooms(monkeypatch: pytest.MonkeyPatch, *totals: int) -> Iterator[int]:
     """What the cluster has room for at each look, all of it free."""
     seen = iter(totals)
-    monkeypatch.setattr(driver, "room", lambda compute: Room(count := next(seen), count, leaving=False))
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(turn, "room", lambda compute: Room(count := next(seen), count, leaving=False))
+    monkeypatch.setattr(turn, "POLL_SECONDS", 0.0)
     return seen
 
 
@@ -63,20 +63,20 @@ def test_what_a_cluster_of_fixed_size_cannot_hold_is_refused(
 ) -> None:
     use_rooms(monkeypatch, 2)
     with pytest.raises(ConfigError, match=r"compute\.workers: no room for 4 workers of 1 CPU .* for 2\. .*"):
-        driver._await_room(make_spec(store_url, CONFIG), JOB, ALONE, patience=0)
+        turn.await_turn(make_spec(store_url, CONFIG), JOB, ALONE, patience=0)
 
 
 def test_a_cluster_that_adds_nodes_is_asked_for_them(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
     use_rooms(monkeypatch, 2)
-    assert driver._await_room(make_spec(store_url, CONFIG, autoscaling=True), JOB, ALONE, patience=0) == 4
+    assert turn.await_turn(make_spec(store_url, CONFIG, autoscaling=True), JOB, ALONE, patience=0) == 4
     note = read_note(open_store(store_url), JOB)
     assert note == "waiting for nodes for 4 workers of 1 CPU each; the cluster's nodes have room for 2"
 
 
 def test_a_lost_node_is_waited_for(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
     seen, notes = use_rooms(monkeypatch, 3, 3, 4), []
-    monkeypatch.setattr(driver, "_note", lambda spec, job, text: notes.append(text))
-    assert driver._await_room(make_spec(store_url, CONFIG), JOB, ALONE, patience=60) == 4
+    monkeypatch.setattr(turn, "write_note", lambda store, job, text: notes.append(text))
+    assert turn.await_turn(make_spec(store_url, CONFIG), JOB, ALONE, patience=60) == 4
     assert next(seen, None) is None
     assert notes[0].startswith("waiting for lost nodes: no room for 4 workers of 1 CPU each;")
     assert notes[1:] == [""]
@@ -86,27 +86,27 @@ def test_an_elastic_run_takes_what_there_is(monkeypatch: pytest.MonkeyPatch, sto
     elastic = make_config(changed("compute.workers", {"min": 2, "max": 6}))
     spec = make_spec(store_url, elastic)
     use_rooms(monkeypatch, 8)
-    assert driver._await_room(spec, JOB, ALONE, patience=0) == 6
-    monkeypatch.setattr(driver, "SETTLE_SECONDS", 0.0)
+    assert turn.await_turn(spec, JOB, ALONE, patience=0) == 6
+    monkeypatch.setattr(turn, "SETTLE_SECONDS", 0.0)
     use_rooms(monkeypatch, 5)
-    assert driver._await_room(spec, JOB, ALONE, patience=0) == 5
+    assert turn.await_turn(spec, JOB, ALONE, patience=0) == 5
     use_rooms(monkeypatch, 1)
     with pytest.raises(ConfigError, match="no room for 2 workers"):
-        driver._await_room(spec, JOB, ALONE, patience=0)
+        turn.await_turn(spec, JOB, ALONE, patience=0)
 
 
 def test_who_waits_for_room_can_be_stopped(monkeypatch: pytest.MonkeyPatch, store_url: str) -> None:
     use_rooms(monkeypatch, 3, 3)
     write_stop(open_store(store_url), JOB, "the job is stopped")
     with pytest.raises(Stopped, match="the job is stopped"):
-        driver._await_room(make_spec(store_url, CONFIG), JOB, ALONE, patience=60)
+        turn.await_turn(make_spec(store_url, CONFIG), JOB, ALONE, patience=60)
 
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     """The runs of each worker group that `_fit` started; nobody has to wait for room."""
     started: list[list[str]] = []
-    monkeypatch.setattr(driver, "_await_room", lambda *_, **__: 2)
+    monkeypatch.setattr(driver, "await_turn", lambda *_, **__: 2)
     yield started
 
 

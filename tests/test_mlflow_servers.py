@@ -15,7 +15,7 @@ from orchestrator.gates import Gate
 from orchestrator.registry import Registry
 from orchestrator.tracking import connect
 from orchestrator.versions import Version
-from tests.chaos.tracking import Mlflow
+from tests.chaos.tracking import BASIC_AUTH, Mlflow, basic_auth
 from tests.fault_proxy import FaultProxy
 from tests.postgres import postgres
 from tests.test_registry import finish, run_config
@@ -37,18 +37,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         backend = ""
         if request.param == "postgres":
             backend = stack.enter_context(postgres())
-        config = tmp_path / "auth.ini"
-        config.write_text(
-            f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{tmp_path}/auth.db\n"
-            f"admin_username = {USER}\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-        )
-        secrets = {
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
-        }
-        mlflow = Mlflow(tmp_path / "mlflow", "--app-name", "basic-auth", backend=backend, environment=secrets)
+        environment = basic_auth(tmp_path, USER, PASSWORD)
+        mlflow = Mlflow(tmp_path / "mlflow", *BASIC_AUTH, backend=backend, environment=environment)
         stack.callback(mlflow.kill)
         mlflow.start()
         yield mlflow.uri

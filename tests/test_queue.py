@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import attempt as attempt_module
-from orchestrator import driver
+from orchestrator import driver, turn
 from orchestrator import place as place_module
 from orchestrator.attempt import Attempt
 from orchestrator.capacity import Room
@@ -229,7 +229,7 @@ def test_everybody_who_ever_fits_gets_a_turn_though_small_equals_keep_coming(
     entries = [entry.model_copy(update={"priority": 0, "started": None}) for entry in entries]
     alone = {e.name for e in entries if allot([e], quotas, nodes)[e.name].workers}
     waiting, clock, running = set(alone), 10.0, list(entries)
-    for turn in range(60):
+    for step in range(60):
         shares = allot(running, quotas, nodes)
         clock += 1.0
         running = [
@@ -244,7 +244,7 @@ def test_everybody_who_ever_fits_gets_a_turn_though_small_equals_keep_coming(
             return
         assert placed, "nobody runs, though somebody would fit"
         running.remove(min(placed, key=lambda entry: entry.started or 0.0))
-        running.append(make_entry(f"new{turn}", 1, queue=order.choice("pq"), at=clock))
+        running.append(make_entry(f"new{step}", 1, queue=order.choice("pq"), at=clock))
     raise AssertionError(f"{waiting} never had a turn")
 
 
@@ -414,8 +414,8 @@ def test_a_driver_waits_for_its_turn_and_says_so(monkeypatch: pytest.MonkeyPatch
     place: Any = Turns(ahead, ahead, Share(4))
     use_rooms(monkeypatch, 4, 4, 4)
     notes: list[str] = []
-    monkeypatch.setattr(driver, "_note", lambda spec, job, text: notes.append(text))
-    assert driver._await_room(spec, JOB, place, patience=0) == 4
+    monkeypatch.setattr(turn, "write_note", lambda store, job, text: notes.append(text))
+    assert turn.await_turn(spec, JOB, place, patience=0) == 4
     assert notes == [f"waiting in queue vision: {ahead.why}", ""]
     assert place.notes == [ahead.why] * 2
 

@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 
 from orchestrator.processes import State
 from orchestrator.site import Site
-from tests.chaos.tracking import Mlflow
+from tests.chaos.tracking import BASIC_AUTH, Mlflow, basic_auth
 from tests.routes import answer, answers, basic, bearer, routes_of
 from workers.storage import open_store
 
@@ -87,21 +87,11 @@ def test_ray_lets_nobody_join_without_the_token(services: Site, tmp_path: Path) 
 @pytest.fixture(scope="module")
 def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """With basic-auth; its address and environment."""
-    tmp_path = tmp_path_factory.mktemp("mlflow-with-passwords")
-    config = tmp_path / "auth.ini"
-    config.write_text(
-        f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{tmp_path}/auth.db\n"
-        f"admin_username = {USER}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    secrets = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(config),
-        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
-    }
-    server = Mlflow(tmp_path / "mlflow", "--app-name", "basic-auth", environment=secrets)
+    folder = tmp_path_factory.mktemp("mlflow-with-passwords")
+    environment = basic_auth(folder, USER, PASSWORD)
+    server = Mlflow(folder / "mlflow", *BASIC_AUTH, environment=environment)
     server.start()
-    yield server.uri, secrets
+    yield server.uri, environment
     server.kill()
 
 

@@ -1,5 +1,6 @@
 """Laws drawn: curves with bands and held-out points, sizes at equal compute."""
 
+import functools
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +29,13 @@ def write_figure(figure: Figure, path: Path) -> None:
     path.write_bytes(to_svg(figure) if path.suffix == ".svg" else to_png(figure))
 
 
+@functools.singledispatch
+def draw(report: object) -> Figure:
+    """What a `fit` found."""
+    raise TypeError(type(report))
+
+
+@draw.register
 def draw_curves(report: CurveReport) -> Figure:
     """A panel per curve: points, law, band to the last forecast; points that no fit saw are hollow. And one
     per break-even: both families, and where the first overtakes the second."""
@@ -89,6 +97,7 @@ def _draw_break_even(panel: Axes, one: BreakEven, report: CurveReport) -> None:
     panel.legend(fontsize="small")
 
 
+@draw.register
 def draw_runs(report: JointReport) -> Figure:
     """Loss against size at several budgets, with the best size of each."""
     points, law = report.points, report.fit.law
@@ -119,6 +128,7 @@ def draw_runs(report: JointReport) -> Figure:
         return figure
 
 
+@draw.register
 def draw_shapes(report: ShapeReport) -> Figure:
     """Loss against the dimension at what was paid, with the best of each budget."""
     points, law = report.points, report.fit.law

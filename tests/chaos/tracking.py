@@ -31,6 +31,24 @@ Point = tuple[str, int, float, int]
 """Name, step, value, time in ms: what MLflow tells points apart by."""
 
 
+BASIC_AUTH = ("--app-name", "basic-auth")
+
+
+def basic_auth(folder: Path, user: str, password: str) -> dict[str, str]:
+    """Environment of a server with these options and this administrator; other users have no rights."""
+    config = folder / "auth.ini"
+    config.write_text(
+        f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{folder}/auth.db\n"
+        f"admin_username = {user}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(config),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
+    }
+
+
 class Mlflow:
     """A real server that is killed and comes back."""
 
