@@ -229,10 +229,9 @@ def is_told(store: Store, digest: str, event: str) -> bool:
 def last_noted(store: Store, digest: str) -> float:
     """When something was last noted of a job, other than that it was told, by the store's clock, in seconds
     since 1970."""
-    items = store.list(f"jobs/{digest[:16]}")
-    return max(
-        (item.modified for item in items if not item.key.startswith(_told_key(digest, ""))), default=0.0
-    )
+    told = _told_key(digest, "")
+    noted = (item for item in store.list(f"jobs/{digest[:16]}") if not item.key.startswith(told))
+    return max((item.modified for item in noted), default=0.0)
 
 
 def _wish_key(digest: str) -> str:
