@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orchestrator.wheel import public_version
+
 GIB = 1 << 30
 SHARED_MEMORY, DISK, OPEN_FILES = GIB, 10 * GIB, 4096
 """What a node wants at least. Containers get 64 MB of shared memory unless they ask."""
@@ -54,18 +56,13 @@ def _versions(nodes: Sequence[Mapping[str, Any]], here: Mapping[str, str | None]
             yield Finding("version", package, "problem", shown, advice)
         elif values == {"not installed"}:
             yield Finding("version", package, "problem", "not installed on the nodes", advice)
-        elif package in ("vitscale", "ray") and {_public(v) for v in values} != {
-            _public(here[package] or "")
+        elif package in ("vitscale", "ray") and {public_version(v) for v in values} != {
+            public_version(here[package] or "")
         }:
             found = f"{values.pop()} on the nodes, {here[package]} here"
             yield Finding("version", package, "problem", found, f"use one version of {package} on both sides")
         elif values:
             yield Finding("version", package, "ok", f"{values.pop()} on {_nodes(len(nodes))}")
-
-
-def _public(version: str) -> str:
-    """Without the part that tells builds apart."""
-    return version.partition("+")[0]
 
 
 def _images(nodes: Sequence[Mapping[str, Any]]) -> Iterable[Finding]:

@@ -53,7 +53,7 @@ def site_wheel(site: Site) -> Wheel | None:
     facts = dict(line.partition(": ")[::2] for line in about.splitlines() if ": " in line)
     if facts.get("Name") != workers.DISTRIBUTION or ENTRY not in names:
         raise _wrong(site.wheel, f"is a wheel of {facts.get('Name')}, not of {workers.DISTRIBUTION}")
-    if _public(facts.get("Version", "")) != _public(workers.__version__):
+    if public_version(facts.get("Version", "")) != public_version(workers.__version__):
         raise _wrong(
             site.wheel,
             f"is version {facts.get('Version')}, this command {workers.__version__}: what one writes the "
@@ -135,7 +135,7 @@ def _is_as_recorded(path: Path, kind: str) -> bool:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=") == expected
 
 
-def _public(version: str) -> str:
+def public_version(version: str) -> str:
     """Without the part that tells builds apart."""
     return version.partition("+")[0]
 
