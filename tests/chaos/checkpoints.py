@@ -43,8 +43,6 @@ OLDER = Path(__file__).parent / "format-2"
 """A run of a model with odd shapes, as version 0.1.0 left it before commits were asynchronous."""
 COMMITS, EVERY = 5, 2
 """Commits of a run, and steps between them."""
-BATCH_OF_DAMAGES = 25
-"""Looked at by one group of ranks."""
 
 
 def torn_and_rotten(lab: Lab) -> Iterator[str]:
@@ -53,7 +51,7 @@ def torn_and_rotten(lab: Lab) -> Iterator[str]:
     train_on(2, config, undisturbed)
     points = shuffled_forever(lab.random, crash_points())
     while True:
-        for _ in range(4 if lab.short else 10):
+        for _ in range(4):
             yield crash(lab, config, undisturbed, *next(points))
         yield from damages(lab, config, undisturbed)
 
@@ -94,8 +92,8 @@ def same_run(url: str, undisturbed: str) -> bool:
 
 
 def damages(lab: Lab, config: RunConfig, undisturbed: str) -> Iterator[str]:
-    """20 flipped bits, 4 truncations and a part that is swapped, gone or the parent's, on 1 or 2 ranks."""
-    kinds = [flip_bit] * 20 + [truncate] * 4 + [lab.random.choice((swap, delete, replace_with_parents))]
+    """20 flipped bits, 4 truncations and two parts that are swapped, gone or the parent's, on 1 or 2 ranks."""
+    kinds = [flip_bit] * 20 + [truncate] * 4 + lab.random.choices((swap, delete, replace_with_parents), k=2)
     parts = sorted(head_manifest(undisturbed).objects)
     urls, steps = [], []
     for kind in kinds:
@@ -138,7 +136,7 @@ def other_values(
 
 
 ROWS = [
-    Row("R2", "a torn or rotten checkpoint is never loaded, the one before it is", torn_and_rotten, short=29),
+    Row("R2", "a torn or rotten checkpoint is never loaded, the one before it is", torn_and_rotten, short=30),
     Row(
         "R19",
         "a checkpoint of an older release is what it was, on any number of ranks",
