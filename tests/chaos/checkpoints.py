@@ -92,7 +92,7 @@ def same_run(url: str, undisturbed: str) -> bool:
 
 
 def damages(lab: Lab, config: RunConfig, undisturbed: str) -> Iterator[str]:
-    """20 flipped bits, 4 truncations and two parts that are swapped, gone or the parent's, on 1 or 2 ranks."""
+    """20 flipped bits, 4 truncations, two parts swapped, gone or the parent's, on 1 or 2 ranks."""
     kinds = [flip_bit] * 20 + [truncate] * 4 + lab.random.choices((swap, delete, replace_with_parents), k=2)
     parts = sorted(head_manifest(undisturbed).objects)
     urls, steps = [], []
