@@ -7,6 +7,7 @@ from workers.config import RunConfig
 from workers.data.index import DatasetIndex
 from workers.data.lookahead import mean_bytes
 from workers.data.mixture import make_order
+from workers.data.samples import HELD_BYTES
 from workers.models.memory import TrainingMemory, rank_images, training_memory
 
 WORKER_BYTES = 411 << 20
@@ -65,9 +66,11 @@ def _commits(config: RunConfig) -> int:
 
 
 def _lookahead(config: RunConfig, workers: int, data: DatasetIndex | None) -> int:
-    """The budget, or a window of each lane; no more than this block and the next."""
+    """The budget, or a window of each lane; no more than this block and the next; all of a small data set."""
     if data is None:
         return config.compute.prefetch_bytes
+    if data.num_bytes <= HELD_BYTES:
+        return data.num_bytes * max(1, config.compute.readers)
     order = make_order(config.data, data, config.seed)
     lanes = ceil(order.lanes / workers)
     window = int(lanes * order.window_chunks * order.chunk_samples * mean_bytes(data))

@@ -174,7 +174,8 @@ def _price(
     price = prices.per_worker_hour * workers * seconds / 3600
     price += prices.per_1000_puts * writes.total(seconds) / 1000
     if reads is not None and epochs is not None and gets is not None:
-        price += prices.per_1000_gets * gets / 1000 + prices.per_gb_read * reads.num_bytes * epochs / 1e9
+        gigabytes = reads.num_bytes * reads.passes(epochs) / 1e9
+        price += prices.per_1000_gets * gets / 1000 + prices.per_gb_read * gigabytes
     return price
 
 

@@ -87,8 +87,9 @@ def _lines(plan: Plan) -> list[str]:
         f"{plan.decoding.images_per_second:,.0f} a core, {plan.decoding.source}"
     )
     if plan.reads is not None and plan.epochs is not None:
+        how = "at first, then held in memory" if plan.reads.held_by else "an epoch"
         lines.append(
-            f"reads: {plan.reads.gets:,} GETs and {plan.reads.num_bytes / 1e9:.3g} GB an epoch, "
+            f"reads: {plan.reads.gets:,} GETs and {plan.reads.num_bytes / 1e9:.3g} GB {how}, "
             f"{plan.reads.row_gets:,} GETs of the index; {plan.epochs:.3g} epochs, {plan.gets:,} GETs in all"
         )
     commit = "" if plan.commit_seconds is None else f", {clock(plan.commit_seconds)} each"

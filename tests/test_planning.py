@@ -33,6 +33,7 @@ from workers.data.index import DatasetIndex
 from workers.data.reads import epoch_reads
 from workers.data.samples import SampleReader, StageTimes
 from workers.data.shares import Share, ShareSettings
+from workers.data.stream import TrainStream
 from workers.errors import ConfigError, VitscaleError
 from workers.storage import open_store
 from workers.training.inputs import make_sources
@@ -77,6 +78,34 @@ def test_reads_of_an_epoch_are_those_that_a_stream_makes(
     assert sum(asked) == index.num_samples == 309
     # Samples of a shard are taken as of one size, so what is near enough for one request differs a little.
     assert planned.gets == pytest.approx(len(asked), rel=0.15)
+
+
+def test_a_small_data_set_is_read_until_each_worker_holds_it(
+    digits_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(digits_url, "data.lanes=3", "train.global_batch_size=309")
+    index, asked, epochs = DatasetIndex.open(config.data.url), 0, 3
+    read_run = SampleReader._read_run
+
+    def counted(self: SampleReader, number: int, ordinals: Any, rows: Any) -> Any:
+        nonlocal asked
+        asked += len(ordinals)
+        return read_run(self, number, ordinals, rows)
+
+    monkeypatch.setattr(SampleReader, "_read_run", counted)
+    monkeypatch.setattr("workers.data.lookahead.Lookahead._may_begin", lambda *_: False)
+    sources = make_sources(config, [index], torch.device("cpu"))
+    for rank in range(3):
+        stream = TrainStream(
+            sources, rank=rank, world_size=3, start_step=0, image_size=8, channels=1,
+            augment=config.data.augment, prefetch_batches=1,
+        )  # fmt: skip
+        for _ in range(epochs):
+            next(stream)
+        stream.close()
+    planned = epoch_reads(config, index, 3)
+    assert planned.held_by == 3 and planned.passes(0.5) == 0.5
+    assert asked == pytest.approx(planned.passes(epochs) * index.num_samples, rel=0.1)
 
 
 def test_writes_of_a_commit_are_those_of_a_run(digits_url: str, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,7 @@ import workers.data.subset
 from tests.conftest import make_png, make_tar
 from workers.data.indexing import build_index
 from workers.data.proof import id_sum
+from workers.data.samples import SampleReader, StageTimes
 from workers.data.subset import (
     Subset,
     build_subset,
@@ -63,6 +65,38 @@ def test_read_amplification_counts_what_lies_between(index, monkeypatch):
     monkeypatch.setattr("workers.data.samples.MAX_GAP_BYTES", 0)
     sparse = build_subset(index, 59, SEED).facts
     assert sparse.read_amplification == 1.0 and 20 < sparse.num_requests <= 59
+
+
+def test_what_is_small_is_read_once_and_held_but_for_what_is_damaged(index, tmp_path, monkeypatch):
+    part, asked = build_subset(index, 50, SEED), []
+    numbers, rows = part.fetch_rows(np.arange(50))
+    spoil(tmp_path / part.shards[numbers[7]].name, int(rows["offset"][7]))
+    read_run = SampleReader._read_run
+
+    def counted(self, number, ordinals, rows):
+        asked.extend(ordinals.tolist())
+        return read_run(self, number, ordinals, rows)
+
+    monkeypatch.setattr(SampleReader, "_read_run", counted)
+    reading = SampleReader(part, StageTimes(), held_bytes=part.num_bytes - 1).read(np.arange(50))
+    assert asked == list(range(50)) and [sample.ordinal for sample in reading if sample.defect] == [7]
+    holding = SampleReader(part, StageTimes(), held_bytes=part.num_bytes)
+    for ordinals, read in (
+        (range(0, 50, 2), range(0, 50, 2)),
+        (range(50), range(1, 50, 2)),
+        (range(50), [7]),
+    ):
+        asked.clear()
+        assert holding.read(np.array(ordinals)) == [reading[ordinal] for ordinal in ordinals]
+        assert asked == list(read)
+
+
+def spoil(path, at):
+    """A bit that turned over on a disk, which leaves no other trace."""
+    data, found = bytearray(path.read_bytes()), path.stat()
+    data[at] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def test_a_built_subset_is_not_built_again(index):

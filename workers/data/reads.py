@@ -1,5 +1,6 @@
 """What an epoch asks of the store of its data set, without reading any of it."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from workers.data.index import SAMPLE, STORED, DatasetIndex
 from workers.data.lookahead import Load, mean_bytes, train_loads
 from workers.data.mixture import make_order
 from workers.data.pages import KEPT_BYTES, PAGE_BYTES
-from workers.data.samples import runs
+from workers.data.samples import HELD_BYTES, runs
 
 LOOKED_AT = 200_000
 """Samples of whose reads those of an epoch are told."""
@@ -30,9 +31,19 @@ class Reads:
     """Of the index's rows, in the first epoch."""
     rows_again: bool
     """Also in those after it: a worker keeps rows of a million samples."""
+    held_by: int = 0
+    """Readers that hold a data set as small as this once it was read; 0: each epoch reads it anew."""
 
     def total(self, epochs: float) -> int:
-        return round(self.gets * epochs + self.row_gets * (epochs if self.rows_again else min(1.0, epochs)))
+        """GETs of so many epochs."""
+        rows = epochs if self.rows_again else min(1.0, epochs)
+        return round(self.gets * self.passes(epochs) + self.row_gets * rows)
+
+    def passes(self, epochs: float) -> float:
+        """How often all samples are read: readers have others in the next epoch, until they hold all."""
+        if not self.held_by or epochs <= 1:
+            return epochs
+        return self.held_by * (1.0 - math.pow(1 - 1 / self.held_by, epochs))
 
 
 def epoch_reads(config: RunConfig, data: DatasetIndex, workers: int) -> Reads:
@@ -55,7 +66,8 @@ def epoch_reads(config: RunConfig, data: DatasetIndex, workers: int) -> Reads:
                 break
     scale = data.num_samples / max(1, looked)
     again = data.num_samples / workers * STORED.itemsize > KEPT_BYTES
-    return Reads(round(gets * scale), round(num_bytes * scale), round(row_gets * scale), again)
+    held_by = workers * max(1, config.compute.readers) if data.num_bytes <= HELD_BYTES else 0
+    return Reads(round(gets * scale), round(num_bytes * scale), round(row_gets * scale), again, held_by)
 
 
 def _epoch(loads: Iterator[Load], num_samples: int) -> Iterator[Load]:

@@ -26,6 +26,9 @@ from workers.storage import NotFound, Store, Truncated, open_store
 MIN_GAP_BYTES, MAX_GAP_BYTES, MAX_GAP_SAMPLES = 64 << 10, 512 << 10, 4
 """Unwanted bytes between two ranges that are read through, up to so many times the sample before: a request
 costs 1.5 ms of CPU here and takes 10 to 100 ms, in which they come as well."""
+HELD_BYTES = 64 << 20
+"""Of a data set that each reader holds in memory once it was read: a small part of a large one lies
+scattered, and would cost a request for almost each sample in each of its many epochs."""
 MAX_RUN_BYTES = 16 << 20
 """Of one request: bounds what is held besides the samples that are wanted."""
 
@@ -107,10 +110,14 @@ class RawSample(NamedTuple):
 class SampleReader:
     """Samples of a data set by ordinal."""
 
-    def __init__(self, data: Samples, times: StageTimes, cache: Cache | None = None) -> None:
+    def __init__(
+        self, data: Samples, times: StageTimes, cache: Cache | None = None, *, held_bytes: int = 0
+    ) -> None:
+        """Samples of a data set of at most `held_bytes` are read once and held, those with a defect not."""
         self._data = data
         self._times = times
         self._closed = False
+        self._held: dict[int, RawSample] | None = {} if data.num_bytes <= held_bytes else None
         self._store = open_store(data.url, stopped=lambda: self._closed)
         if cache is not None:
             self._store = CachedStore(self._store, Path(cache.directory), cache.limit_bytes)
@@ -121,6 +128,16 @@ class SampleReader:
 
     def read(self, ordinals: Positions) -> list[RawSample]:
         """The samples of ascending `ordinals`, (n,), in that order; neighbours come in one request."""
+        if self._held is None:
+            return self._fetch(ordinals)
+        missing = [ordinal for ordinal in ordinals.tolist() if ordinal not in self._held]
+        fetched = {sample.ordinal: sample for sample in self._fetch(np.array(missing, np.int64))}
+        self._held |= {ordinal: sample for ordinal, sample in fetched.items() if not sample.defect}
+        return [fetched.get(ordinal) or self._held[ordinal] for ordinal in ordinals.tolist()]
+
+    def _fetch(self, ordinals: Positions) -> list[RawSample]:
+        if not len(ordinals):
+            return []
         started = time.perf_counter()
         numbers, rows = self._data.fetch_rows(ordinals, self._store)
         self._times.add(fetch=time.perf_counter() - started)

@@ -9,7 +9,7 @@ from workers.config import AugmentConfig
 from workers.data.batches import Decoder, Pixels, Row
 from workers.data.lookahead import Lookahead, mean_bytes, train_loads
 from workers.data.mixture import Source
-from workers.data.samples import Cache, SampleReader, StageTimes
+from workers.data.samples import HELD_BYTES, Cache, SampleReader, StageTimes
 from workers.data.transforms import DecodeTimes, sample_rng, train_transform
 from workers.models.sizes import image_shape
 
@@ -60,7 +60,7 @@ class Share:
         weights = [source.count * mean_bytes(source.data) for source in sources]
         for number, (source, own, weight) in enumerate(zip(sources, slots, weights, strict=True)):
             budget = int(settings.prefetch_bytes * weight / sum(weights))
-            reader = SampleReader(source.data, times, settings.cache)
+            reader = SampleReader(source.data, times, settings.cache, held_bytes=HELD_BYTES)
             self._parts.append(
                 _Part(number, source, own, first_slot, settings.start_step, budget, reader, transform)
             )
