@@ -24,7 +24,7 @@ class MemoryStore:
         self.objects: dict[str, bytes] = {}
         self.before_head: Callable[[], object] = lambda: None
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int | None = None) -> bytes:
         if key not in self.objects:
             raise NotFound(key)
         return self.objects[key]
