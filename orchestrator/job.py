@@ -74,7 +74,7 @@ class JobSpec(Part):
 
 def check_name(name: str, what: str) -> None:
     if not re.fullmatch(NAME, name):
-        raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
+        raise ConfigError(f"{what} name {name[:100]!r}: letters, digits, '.', '_' and '-' only, at most 100")
 
 
 def run_url(runs: str, config: RunConfig) -> str:
