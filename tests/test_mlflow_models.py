@@ -17,7 +17,7 @@ from orchestrator.site import Site
 from orchestrator.versions import LOCAL, to_tags
 from pipelines.cli import app
 from tests.fake_mlflow import FakeMlflow
-from tests.test_boundaries import NAMES, calls, imports
+from tests.test_boundaries import NAMES, ROOT, calls, imports
 from tests.test_registry import finish, registered, run_config
 from workers.errors import CheckpointError
 from workers.storage import open_store
@@ -104,6 +104,8 @@ def test_the_switches_that_this_mlflow_has_are_off() -> None:
     site = Site(ray="http://x", mlflow="http://x", data="file:///d", runs="file:///r")
     switches = {name for name in vars(mlflow.environment_variables) if name.startswith("MLFLOW_ALLOW_PICKLE")}
     assert switches and {site.settings()[name] for name in switches} == {"false"}
+    image = (ROOT / "infra" / "image" / "Dockerfile").read_text()
+    assert all(f"{name}=false" in image for name in switches)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
