@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws docs down clean
+.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-quality bench-laws docs lock down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,12 @@ test: check  ## check, then all tests
 test-fast: check  ## check, then the tests that start no services: about a minute
 	@echo "== pytest, without services"
 	$(BIN)/pytest -m "not services"
+
+lock: $(READY)  ## infra/image/*.txt: the image's packages with their digests, from constraints.txt
+	$(PYTHON) -m venv --clear .lock
+	.lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/python infra/image/lock.py .lock/bin/uv
+	rm -rf .lock
 
 docs: $(READY)  ## docs/reference.md from the code
 	$(BIN)/python -m tests.reference_docs

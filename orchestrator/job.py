@@ -17,9 +17,11 @@ from workers.config import NAME, RunConfig
 from workers.config_text import explain
 from workers.errors import ConfigError, DataError
 from workers.part import Part
-from workers.storage import AlreadyExists, NotFound, Store, join_url, open_store
+from workers.storage import RECORD_BYTES, AlreadyExists, NotFound, Store, join_url, open_store
 from workers.training.commits import Commit, CommitLog
 
+MAX_SPEC_BYTES = 64 << 20
+"""Of a specification: some 20,000 runs."""
 SPEC = re.compile(r"jobs/([0-9a-f]{64})\.json")
 
 
@@ -72,7 +74,7 @@ class JobSpec(Part):
 
 def check_name(name: str, what: str) -> None:
     if not re.fullmatch(NAME, name):
-        raise ConfigError(f"{what} name {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
+        raise ConfigError(f"{what} name {name[:100]!r}: letters, digits, '.', '_' and '-' only, at most 100")
 
 
 def run_url(runs: str, config: RunConfig) -> str:
@@ -98,7 +100,7 @@ def write_spec(spec: JobSpec) -> None:
 
 
 def read_spec(runs: str, digest: str) -> JobSpec:
-    data = open_store(runs).read(_spec_key(digest))
+    data = open_store(runs).read(_spec_key(digest), MAX_SPEC_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise DataError(f"job specification {digest[:12]} was changed after it was written")
     try:
@@ -117,7 +119,7 @@ def find_digest(store: Store, run: str) -> str:
     """Of the newest specification that trains this run; ConfigError if there is none."""
     check_name(run, "run")
     try:
-        return store.read(_run_key(run)).decode()
+        return store.read(_run_key(run), RECORD_BYTES).decode()
     except NotFound:
         raise ConfigError(
             f"no run {run} was ever submitted to {store.url}; `vitscale status` lists them"

@@ -10,9 +10,10 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
-from workers.storage import AlreadyExists, NotFound, Store, Unavailable
+from workers.storage import RECORD_BYTES, AlreadyExists, NotFound, Store, Unavailable, join_url
 
 FAMILIES: dict[str, type[VitscaleError]] = {
     family.__name__: family
@@ -28,7 +29,7 @@ def as_record(error: VitscaleError) -> dict[str, str]:
 
 
 def of_record(record: Mapping[str, str]) -> VitscaleError:
-    return FAMILIES[record["family"]](record["message"])
+    return FAMILIES.get(str(record.get("family")), VitscaleError)(record.get("message", ""))
 
 
 def write_failure(store: Store, job: str, error: VitscaleError) -> None:
@@ -38,9 +39,10 @@ def write_failure(store: Store, job: str, error: VitscaleError) -> None:
 
 def read_failure(store: Store, job: str) -> VitscaleError | None:
     try:
-        return of_record(json.loads(store.read(_failure_key(job))))
+        record = _read_json(store, _failure_key(job))
     except NotFound:
         return None
+    return of_record(record)
 
 
 def write_run_failure(store: Store, job: str, run: str, error: VitscaleError) -> None:
@@ -64,7 +66,7 @@ def write_note(store: Store, job: str, text: str) -> None:
 
 def read_note(store: Store, job: str) -> str:
     try:
-        return store.read(_note_key(job)).decode()
+        return store.read(_note_key(job), RECORD_BYTES).decode(errors="replace")
     except NotFound:
         return ""
 
@@ -111,11 +113,11 @@ def unwish(store: Store, digest: str) -> None:
 def find_wish(store: Store, digest: str) -> Wish | None:
     """None if nobody has asked for it."""
     try:
-        record = json.loads(store.read(_wish_key(digest)))
+        record = _read_json(store, _wish_key(digest))
     except NotFound:
         return None
     return Wish(
-        running=bool(record["running"]),
+        running=bool(record.get("running")),
         at=record.get("at"),
         reason=record.get("reason", ""),
         id=str(record.get("id", "")),
@@ -161,7 +163,7 @@ def write_stop(store: Store, job: str, reason: str) -> None:
 def read_stop(store: Store, digest: str, job: str) -> str | None:
     """Why a job is to commit and end; None if it is to go on."""
     with contextlib.suppress(NotFound):
-        return store.read(_stop_key(job)).decode()
+        return store.read(_stop_key(job), RECORD_BYTES).decode(errors="replace")
     found = find_wish(store, digest)
     if found is not None and not found.running:
         return found.reason or "stopped by its user"
@@ -203,9 +205,13 @@ class Restarts:
 
 def read_restarts(store: Store, digest: str) -> Restarts | None:
     try:
-        return Restarts(**json.loads(store.read(_restarts_key(digest))))
+        record = _read_json(store, _restarts_key(digest))
     except NotFound:
         return None
+    try:
+        return Restarts(**record)
+    except TypeError:
+        raise _damaged(store, _restarts_key(digest)) from None
 
 
 def write_restarts(store: Store, digest: str, restarts: Restarts) -> None:
@@ -232,6 +238,23 @@ def last_noted(store: Store, digest: str) -> float:
     told = _told_key(digest, "")
     noted = (item for item in store.list(f"jobs/{digest[:16]}") if not item.key.startswith(told))
     return max((item.modified for item in noted), default=0.0)
+
+
+def _read_json(store: Store, key: str) -> dict[str, Any]:
+    """NotFound if there is none; DataError names one that is damaged."""
+    try:
+        record = json.loads(store.read(key, RECORD_BYTES))
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise _damaged(store, key)
+    return record
+
+
+def _damaged(store: Store, key: str) -> DataError:
+    return DataError(
+        f"{join_url(store.url, key)} is no record of a job; delete it and give its command again"
+    )
 
 
 def _wish_key(digest: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from orchestrator.ray_jobs import plain
 from workers.errors import DataError
-from workers.storage import NotFound, Store, open_store
+from workers.storage import RECORD_BYTES, NotFound, Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class KeptLog:
             if start + size <= position:
                 continue
             with contextlib.suppress(NotFound):
-                data = store.read(f"{self.prefix}{start:012d}")
+                data = store.read(f"{self.prefix}{start:012d}", RECORD_BYTES)
                 begin = max(start, position)
                 yield begin, data[begin - start :]
 

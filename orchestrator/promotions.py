@@ -15,7 +15,7 @@ from typing import Any, Literal
 from orchestrator.job import check_name
 from orchestrator.keys import Keys
 from workers.errors import CheckpointError, ConfigError
-from workers.storage import NotFound, Store, join_url
+from workers.storage import RECORD_BYTES, NotFound, Store, join_url
 
 KEY = re.compile(r"promotions/([A-Za-z0-9][A-Za-z0-9._-]{0,99})/\d{8}\.json")
 
@@ -107,7 +107,7 @@ class PromotionLog:
 
     def _data(self, model: str, seq: int) -> bytes | None:
         try:
-            return self._store.read(_key(model, seq))
+            return self._store.read(_key(model, seq), RECORD_BYTES)
         except NotFound:
             return None
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.queue import Entry, Quota
 from workers.errors import DataError
-from workers.storage import NotFound, Store
+from workers.storage import RECORD_BYTES, NotFound, Store, TooLarge
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class EntryReader:
 
     def _parse(self, key: str) -> Entry | None:
         try:
-            return Entry.model_validate_json(self._store.read(key))
-        except ValidationError as error:
+            return Entry.model_validate_json(self._store.read(key, RECORD_BYTES))
+        except (ValidationError, TooLarge) as error:
             log.warning("%s/%s is no entry of a queue: %s", self._store.url, key, error)
             return None
 
@@ -78,7 +78,7 @@ def remove_entry(store: Store, name: str) -> None:
 def read_quotas(store: Store) -> dict[str, Quota]:
     """By the queues' names; DataError if they cannot be read."""
     try:
-        return _QUOTAS.validate_json(store.read(QUOTAS))
+        return _QUOTAS.validate_json(store.read(QUOTAS, RECORD_BYTES))
     except NotFound:
         return {}
     except ValidationError:

@@ -8,6 +8,9 @@ from workers.storage import PATIENCE_SECONDS, open_store
 from workers.training.commits import Commit, CommitLog, Lease
 from workers.training.metrics import LATEST, EventReader, newest_segment
 
+MAX_VALUES = 1000
+"""Names of metrics that are kept; there are some 30."""
+
 
 class RunRecords:
     def __init__(self, spec: JobSpec, config: RunConfig, *, patience: float = PATIENCE_SECONDS) -> None:
@@ -57,4 +60,6 @@ class RunRecords:
         self.images_seen = max(self.images_seen, event["images_seen"])
         self.workers = event.get("world_size", self.workers)
         self.heard = event["time"]
-        self.values |= event.get("values", {})
+        values = event.get("values", {})
+        if isinstance(values, dict) and len(self.values) < MAX_VALUES:
+            self.values |= {name: value for name, value in values.items() if isinstance(value, int | float)}

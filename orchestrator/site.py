@@ -141,6 +141,8 @@ class Site(BaseModel):
         """Environment of whoever uses these services, jobs too: no secret, and no path of this machine."""
         settings = {
             "MLFLOW_TRACKING_URI": self.mlflow,
+            # Nothing here has MLflow load a model, which runs its code; 3.17 has the first of these switches.
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             # The default of 7 blocks for minutes; whoever talks to MLflow here comes again by itself.

@@ -69,6 +69,9 @@ error_suppression_interval = 0
 keep_cache_private = true
 keep_cache_size = 1000000000000
 
+[filter:local]
+paste.filter_factory = vitscale_swift:local_factory
+
 [pipeline:main]
 pipeline = {pipeline}
 
@@ -80,7 +83,8 @@ UPDATER_CONF = """
 recon_cache_path = {conf}
 """
 PROXY_FILTERS = (
-    "catch_errors healthcheck cache listing_formats bulk s3api tempauth copy slo symlink versioned_writes"
+    "catch_errors local healthcheck cache listing_formats bulk s3api tempauth copy slo symlink "
+    "versioned_writes"
 )
 PROXY_CONF = """
 account_autocreate = true
@@ -187,7 +191,7 @@ def prepare(folder: Path, python: Path, ports: Mapping[str, int]) -> None:
     write_file(conf / "swift.conf", HASH_CONF.format(prefix=salt[:16], suffix=salt[16:]))
     shared = {"user": pwd.getpwuid(os.getuid()).pw_name, "conf": conf, "devices": devices}
     for server in STORAGE_SERVERS:
-        pipeline = f"healthcheck {server}-server"
+        pipeline = f"local healthcheck {server}-server"
         text = COMMON_CONF.format(server=server, port=ports[server], pipeline=pipeline, **shared)
         text += UPDATER_CONF.format(conf=conf) + PLAIN_FILTER.format(name="healthcheck")
         write_file(conf / f"{server}.conf", text)
@@ -195,7 +199,7 @@ def prepare(folder: Path, python: Path, ports: Mapping[str, int]) -> None:
         server="proxy", port=ports["s3"], pipeline=f"{PROXY_FILTERS} proxy-server", **shared
     )
     text += PROXY_CONF.format(region=REGION, account=ACCOUNT, name=name, secret=secret)
-    own = ("s3api", "tempauth", "cache")
+    own = ("local", "s3api", "tempauth", "cache")
     text += "".join(PLAIN_FILTER.format(name=f) for f in PROXY_FILTERS.split() if f not in own)
     write_file(conf / "proxy.conf", text)
     write_file(conf / "vitscale_swift.py", PLUGIN.read_text())

@@ -1,4 +1,4 @@
-"""What runs inside Swift's own virtual environment: its ring files, and a cache for its proxy.
+"""What runs inside Swift's own virtual environment: rings, a cache for its proxy, who may ask.
 
     python swift_plugin.py DIRECTORY ACCOUNT_PORT CONTAINER_PORT OBJECT_PORT     # writes the rings
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+LOOPBACK = ("127.0.0.1", "localhost")
 MAX_ENTRIES = 10_000
 """An entry is some 1 KB about one account or container; when there are more, all are forgotten."""
 
@@ -65,6 +66,23 @@ def filter_factory(global_conf: Mapping[str, str], **local_conf: str) -> Callabl
         return application
 
     return cache_filter
+
+
+def local_factory(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[Any], Any]:
+    """Against DNS rebinding: the storage servers ask for no key, and a page in the user's browser whose name
+    has become 127.0.0.1 is of the same origin as they are. Its requests still carry that name."""
+
+    def local_filter(app: Any) -> Any:
+        def application(environ: dict[str, Any], start_response: Any) -> Any:
+            name = environ.get("HTTP_HOST", "").partition(":")[0]
+            if name in LOOPBACK and "HTTP_ORIGIN" not in environ:
+                return app(environ, start_response)
+            start_response("403 Forbidden", [("Content-Type", "text/plain"), ("Content-Length", "0")])
+            return [b""]
+
+        return application
+
+    return local_filter
 
 
 def write_rings(directory: str, ports: Mapping[str, int]) -> None:

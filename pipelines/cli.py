@@ -24,7 +24,7 @@ from pipelines.queue_commands import queue
 from pipelines.report_command import report
 from pipelines.retire_command import retire, sign
 from pipelines.scale_command import scale
-from pipelines.terminal import console, errors
+from pipelines.terminal import console, errors, harmless
 from pipelines.watch_command import watch
 from workers.errors import ConfigError, VitscaleError
 
@@ -46,7 +46,9 @@ Directory = Annotated[Path, typer.Option("--dir", help="Where services keep thei
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Harmless("%(message)s"))
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(standalone_mode=True)
@@ -58,6 +60,11 @@ def main() -> None:
         if leave.code == INTERRUPTED:
             errors.print("interrupted; the same command again goes on from here")
         raise
+
+
+class _Harmless(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

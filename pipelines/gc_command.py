@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.terminal import AsJson, SiteFile, console, open_site
@@ -59,7 +60,7 @@ def gc(
     table = Table("run", "checkpoint", "why", "objects", "bytes", box=None)
     for checkpoint in garbage:
         numbers = (f"{len(checkpoint.objects)}", f"{checkpoint.size:,}")
-        table.add_row(checkpoint.run, checkpoint.directory, checkpoint.reason, *numbers)
+        table.add_row(escape(checkpoint.run), escape(checkpoint.directory), checkpoint.reason, *numbers)
     if garbage:
         console.print(table)
     num_evaluations = sum(item.reason == EVALUATION for item in garbage)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.terminal import AsJson, SiteFile, console, open_site
@@ -114,7 +115,9 @@ def _entry_table(ordered: "Sequence[Seen]") -> Table:
         more = f" and {len(entry.runs) - 1} more" if len(entry.runs) > 1 else ""
         has = f"{entry.workers} of {wanted}" if entry.workers else wanted
         run = entry.runs[0] + more
-        table.add_row(str(number), run, entry.queue, str(entry.priority), state, has, ago, note)
+        table.add_row(
+            str(number), escape(run), escape(entry.queue), str(entry.priority), state, has, ago, escape(note)
+        )
     return table
 
 
@@ -126,5 +129,5 @@ def _queue_table(queues: Mapping[str, Mapping[str, Any]]) -> Table:
             + ("" if queue[unit]["limit"] is None else f" of {queue[unit]['limit']}")
             for unit in ("cpus", "gpus")
         ]
-        table.add_row(name, *used, str(queue["waiting"]))
+        table.add_row(escape(name), *used, str(queue["waiting"]))
     return table

@@ -74,13 +74,13 @@ def models(
         accuracy = "" if measured is None else f"{measured:.2%}"
         aliases = ", ".join(row["aliases"]) if row["retired"] is None else "retired"
         table.add_row(
-            version.model,
+            escape(version.model),
             str(version.version),
-            aliases,
+            escape(aliases),
             size_text(version.image_size),
             accuracy,
-            version.parent,
-            version.run,
+            escape(version.parent),
+            escape(version.run),
         )
     console.print(table if rows else "no registered models yet; `vitscale train` makes one")
     for name in names:
@@ -131,7 +131,7 @@ def lineage(
         typer.echo(json.dumps(found.to_json()))
         return
     if found.root.version.parent:
-        console.print(f"of {found.root.version.parent}, which is not registered any more")
+        console.print(f"of {found.root.version.parent}, which is not registered any more", markup=False)
     console.print(_tree(found.root, found.asked.label))
     for promotion in found.promotions:
         console.print(escape(_line(promotion)))
@@ -153,10 +153,10 @@ def _tree(node: "Node", asked: str) -> Tree:
     version = node.version
     accuracy = version.metrics.get("val_accuracy")
     cells = [
-        f"[bold]{version.label}[/bold]" if version.label == asked else version.label,
+        f"[bold]{escape(version.label)}[/bold]" if version.label == asked else escape(version.label),
         f"{size_text(version.image_size)} px",
         "" if accuracy is None else f"val {accuracy:.1%}",
-        ", ".join(f"@{alias}" for alias in node.aliases),
+        escape(", ".join(f"@{alias}" for alias in node.aliases)),
         "" if node.retired is None else escape(f"retired: {node.retired}"),
         escape(f"data {node.data}  {node.fingerprint[:12]}") if node.data else "imported",
     ]

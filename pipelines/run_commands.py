@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from pipelines.terminal import (
@@ -17,9 +18,10 @@ from pipelines.terminal import (
     SiteFile,
     console,
     errors,
+    harmless,
     open_site,
 )
-from workers.errors import ConfigError
+from workers.errors import ConfigError, VitscaleError
 
 if TYPE_CHECKING:
     from orchestrator.status import RunStatus
@@ -77,13 +79,15 @@ def status(
         return
     from orchestrator.job import find_spec, list_runs
     from orchestrator.status import run_status
-    from workers.storage import open_store
+    from workers.storage import Unavailable, open_store
 
     states = []
     for name in [run] if run else list_runs(open_store(where.runs)):
         try:
             states.append(run_status(where, find_spec(where.runs, name), name))
-        except ConfigError as error:
+        except Unavailable:
+            raise
+        except VitscaleError as error:
             if run:
                 raise
             errors.print(f"{error}", markup=False)
@@ -92,7 +96,7 @@ def status(
         return
     table = Table("run", "state", "images", "committed", "workers", "heard", "values", "", box=None)
     for state in states:
-        table.add_row(*_row(state))
+        table.add_row(*map(escape, _row(state)))
     console.print(table)
 
 
@@ -135,7 +139,7 @@ def logs(
         where,
         find_spec(where.runs, run),
         run,
-        lambda text: typer.echo(text, nl=False),
+        lambda text: typer.echo(harmless(text), nl=False),
         lambda text: errors.print(text, markup=False),
     )
     if follow:

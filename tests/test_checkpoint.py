@@ -308,7 +308,7 @@ class UnreachableStore:
     def __init__(self, store):
         self._store = store
 
-    def read(self, key):
+    def read(self, key, limit=None):
         if key.startswith("checkpoints/"):
             raise DataError(f"{key}: the object store cannot be reached")
         return self._store.read(key)

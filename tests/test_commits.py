@@ -26,7 +26,7 @@ class MemoryStore:
         self.objects: dict[str, bytes] = {}
         self.before_create: dict[str, Callable[[], object]] = {}
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int | None = None) -> bytes:
         if key not in self.objects:
             raise NotFound(key)
         return self.objects[key]

@@ -20,11 +20,13 @@ from workers.training.metrics import EventReader, EventWriter, lease_key, segmen
 class MemoryStore:
     """What events need of a store; `before_head` runs when somebody looks for a lease."""
 
+    url = "memory://run"
+
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.before_head: Callable[[], object] = lambda: None
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int | None = None) -> bytes:
         if key not in self.objects:
             raise NotFound(key)
         return self.objects[key]
@@ -202,7 +204,7 @@ def test_a_reader_goes_on_after_an_outage_of_the_store(store: MemoryStore) -> No
     writer.flush()
     read = store.read
 
-    def down(key: str) -> bytes:
+    def down(key: str, limit: int | None = None) -> bytes:
         if key == segment_key(0, 1):
             raise DataError("down")
         return read(key)

@@ -36,6 +36,7 @@ def test_a_site_written_by_hand_needs_four_fields(tmp_path):
     )
     assert site.environment() == {
         "MLFLOW_TRACKING_URI": "https://mlflow.example",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

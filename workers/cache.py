@@ -91,8 +91,8 @@ class CachedStore:
         identity = "\0".join((self.url, key, etag, str(self._block), str(number)))
         return hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=32).hexdigest()
 
-    def read(self, key: str) -> bytes:
-        return self._store.read(key)
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        return self._store.read(key, limit)
 
     def head(self, key: str) -> ObjectInfo:
         return self._store.head(key)

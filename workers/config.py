@@ -276,7 +276,9 @@ class ComputeConfig(Part):
     def _has_names(self) -> Self:
         for field, name in (("queue", self.queue), ("accelerator", self.accelerator)):
             if name is not None and not re.fullmatch(NAME, name):
-                raise ValueError(f"{field} {name!r}: letters, digits, '.', '_' and '-' only, at most 100")
+                raise ValueError(
+                    f"{field} {name[:100]!r}: letters, digits, '.', '_' and '-' only, at most 100"
+                )
         return self
 
     @property

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from workers.errors import ConfigError
 
+MAX_VALUES = 100_000
+"""Of a file; a configuration has some 100, a study some 1,000."""
 MAX_SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 
@@ -67,7 +69,21 @@ _Loader.add_constructor("!exponential", _exponential)
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+    values = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+    if _count(values, {}) > MAX_VALUES:
+        raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_VALUES:,} values")
+    return values
+
+
+def _count(values: Any, counted: dict[int, int]) -> int:
+    """Values within a value, as often as aliases repeat them; `counted`: what is known, by ids."""
+    if not isinstance(values, dict | list):
+        return 1
+    if id(values) not in counted:
+        counted[id(values)] = 0
+        children = [*values.keys(), *values.values()] if isinstance(values, dict) else values
+        counted[id(values)] = 1 + sum(_count(child, counted) for child in children)
+    return counted[id(values)]
 
 
 def plain(values: Mapping[str, Any], where: str = "configuration") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from workers.objects import (
     Changed,
     NotFound,
     ObjectInfo,
+    TooLarge,
     Truncated,
     Unavailable,
     Upload,
@@ -39,9 +40,13 @@ class FileStore:
             raise DataError(f"{key!r} would leave the store {self.url}")
         return self.root / key
 
-    def read(self, key: str) -> bytes:
-        with _errors("read", join_url(self.url, key)):
-            return self._path(key).read_bytes()
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        where = join_url(self.url, key)
+        with _errors("read", where), self._path(key).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if limit is not None and size > limit:
+                raise TooLarge.at(where, size, limit)
+            return file.read()
 
     def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
         where = join_url(self.url, key)

@@ -32,6 +32,16 @@ class Truncated(DataError):
         return error
 
 
+class TooLarge(DataError):
+    """The object has more bytes than whoever asked can have use for; none of them was read."""
+
+    @classmethod
+    def at(cls, where: str, size: int, limit: int) -> Self:
+        return cls(
+            f"{where} has {size:,} bytes, and may have {limit:,}; whoever wrote it did not mean it: delete it"
+        )
+
+
 class Changed(DataError):
     """The object is no longer the version that was asked for; asking again does not help."""
 
@@ -42,6 +52,10 @@ class Changed(DataError):
 
 class Unavailable(DataError):
     """Store or network gave no answer for as long as anybody waits; nothing is known of the object."""
+
+
+RECORD_BYTES = 1 << 20
+"""More than any record has: who writes one is trusted with it, not with the memory of all who read it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,9 @@ class Store(Protocol):
 
     url: str
 
-    def read(self, key: str) -> bytes: ...
+    def read(self, key: str, limit: int | None = None) -> bytes:
+        """TooLarge if it has more than `limit` bytes."""
+
     def read_range(self, key: str, start: int, length: int, etag: str | None = None) -> bytes:
         """Exactly `length` bytes from byte `start`; Truncated if too short, Changed if not the `etag` one."""
 

@@ -23,6 +23,7 @@ from workers.objects import (
     Changed,
     NotFound,
     ObjectInfo,
+    TooLarge,
     Truncated,
     Unavailable,
     Upload,
@@ -77,9 +78,9 @@ class S3Store:
     def _relative(self, key: str) -> str:
         return key.removeprefix(f"{self.prefix}/") if self.prefix else key
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, limit: int | None = None) -> bytes:
         try:
-            return self._get(key, 0, None, None)
+            return self._get(key, 0, None, None, limit)
         except Truncated:
             # Of an empty object there is no byte 0 to ask for.
             if self.head(key).size == 0:
@@ -92,8 +93,10 @@ class S3Store:
     def forget(self, key: str, start: int, length: int, etag: str) -> None:
         """Nothing is kept here."""
 
-    def _get(self, key: str, start: int, length: int | None, etag: str | None) -> bytes:
-        download = _Download(join_url(self.url, key), start, length, etag)
+    def _get(
+        self, key: str, start: int, length: int | None, etag: str | None, limit: int | None = None
+    ) -> bytes:
+        download = _Download(join_url(self.url, key), start, length, etag, limit)
         patience = self._patiently(download.where)
         while not download.is_complete:
             had = download.size
@@ -209,8 +212,11 @@ class S3Store:
 class _Download:
     """A range of one version of an object, `length` bytes or up to its end, as far as it came."""
 
-    def __init__(self, where: str, start: int, length: int | None, etag: str | None) -> None:
+    def __init__(
+        self, where: str, start: int, length: int | None, etag: str | None, limit: int | None
+    ) -> None:
         self.where = where
+        self.limit = limit
         self.start = start
         self.length = length
         self.etag = etag
@@ -250,6 +256,8 @@ class _Download:
         missing = 0 if length is None else self.start + length - at
         if first != at or last != at + missing - 1 or content_length not in (missing, None):
             raise WrongAnswer(f"{self.where}: the object store sends another range than it was asked for")
+        if self.limit is not None and length is not None and length > self.limit:
+            raise TooLarge.at(self.where, length, self.limit)
         self.length = length
         # Only now: what an answer that is refused says of the version counts for nothing.
         self.etag = self.etag or etag

@@ -15,11 +15,13 @@ from pathlib import Path
 from workers.errors import ConfigError
 from workers.files import FileStore
 from workers.objects import (
+    RECORD_BYTES,
     AlreadyExists,
     Changed,
     NotFound,
     ObjectInfo,
     Store,
+    TooLarge,
     Truncated,
     Unavailable,
     Upload,
@@ -31,6 +33,7 @@ from workers.s3_client import READ_TIMEOUT, S3Client, ensure_bucket, s3_client
 
 __all__ = [
     "PATIENCE_SECONDS",
+    "RECORD_BYTES",
     "AlreadyExists",
     "Changed",
     "FileStore",
@@ -38,6 +41,7 @@ __all__ = [
     "ObjectInfo",
     "S3Store",
     "Store",
+    "TooLarge",
     "Truncated",
     "Unavailable",
     "Upload",

@@ -41,6 +41,15 @@ class Server:
     access_key: str
     secret_key: str
     pids: list[int]
+    conf: Path
+
+    def add_user(self, name: str, *options: str) -> tuple[str, str]:
+        """Access key and secret key; `options` of `radosgw-admin user create`."""
+        command = ["radosgw-admin", "-c", str(self.conf), "user", "create", f"--uid={name}"]
+        command += [f"--display-name={name}", *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=True)
+        (keys,) = json.loads(done.stdout)["keys"]
+        return keys["access_key"], keys["secret_key"]
 
     def pin(self, cores: set[int]) -> None:
         """All threads of all its processes, from now on, run on these cores."""
@@ -103,7 +112,8 @@ class _Cluster:
             self._run("radosgw-admin", "user", "create", "--uid=bench", "--display-name=bench")
         )["keys"][0]
         pids = [process.pid for process in self._processes]
-        return Server(f"http://127.0.0.1:{http}", user["access_key"], user["secret_key"], pids)
+        endpoint = f"http://127.0.0.1:{http}"
+        return Server(endpoint, user["access_key"], user["secret_key"], pids, self._conf)
 
     def stop(self) -> None:
         """The gateway first: the others answer its last requests."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypeVar
 
 from workers.errors import CheckpointError
-from workers.storage import AlreadyExists, NotFound, Store, join_url
+from workers.storage import RECORD_BYTES, AlreadyExists, NotFound, Store, join_url
 from workers.training.metrics import lease_key
 
 
@@ -200,7 +200,7 @@ class CommitLog:
 
     def _read(self, key: str, kind: type[Record]) -> Record | None:
         try:
-            data = self.store.read(key)
+            data = self.store.read(key, RECORD_BYTES)
         except NotFound:
             return None
         try:

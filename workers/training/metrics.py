@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 FLUSH_SECONDS = 2.0
 MAX_WAITING_BYTES = 64 << 20
 """Of lines that the store did not take yet: some 100,000 points. Then `write` waits."""
+SEGMENT_BYTES = 4 * MAX_WAITING_BYTES
+"""More than a segment has."""
 LATEST = 4
 """Segments that hold a point of the curve, as a rule: commits and evaluations have some of their own."""
 
@@ -121,11 +123,11 @@ class EventReader:
         """Events in order, each with its `epoch`; a newer epoch supersedes what it does not continue."""
         while self._lines or self._next_segment() or self._next_epoch():
             while self._lines:
-                yield {"epoch": self._epoch, **json.loads(self._lines.popleft())}
+                yield {"epoch": self._epoch, **parse_event(self._lines.popleft(), self._store.url)}
 
     def _next_segment(self) -> bool:
         try:
-            segment = self._store.read(segment_key(self._epoch, self._seq))
+            segment = self._store.read(segment_key(self._epoch, self._seq), SEGMENT_BYTES)
         except NotFound:
             return False
         self._seq += 1
@@ -160,8 +162,20 @@ def newest_events(store: Store, epoch: int) -> list[dict[str, Any]]:
     """Of an epoch's first and last few segments, in few requests."""
     known = newest_segment(store, epoch)
     seqs = sorted({0, *range(max(0, known + 1 - LATEST), known + 1)}) if known >= 0 else []
-    lines = [store.read(segment_key(epoch, seq)).splitlines() for seq in seqs]
-    return [json.loads(line) for segment in lines for line in segment]
+    lines = [store.read(segment_key(epoch, seq), SEGMENT_BYTES).splitlines() for seq in seqs]
+    return [parse_event(line, store.url) for segment in lines for line in segment]
+
+
+def parse_event(line: bytes, run: str) -> dict[str, Any]:
+    """DataError if it is none: whoever may write a run's events is not trusted with those who look at it."""
+    try:
+        event = json.loads(line)
+        if isinstance(event["kind"], str) and isinstance(event["images_seen"], int):
+            float(event["time"])
+            return dict(event)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise DataError(f"{run}/events holds {line[:80]!r}, which is no event; delete the segment that has it")
 
 
 def _exists(store: Store, key: str) -> bool:
