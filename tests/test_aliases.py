@@ -140,7 +140,9 @@ def test_reconciling_twice_reads_one_record(
     registry.reconcile("toy")
     read: list[str] = []
     original = registry.log._store.read
-    monkeypatch.setattr(registry.log._store, "read", lambda key: read.append(key) or original(key))
+    monkeypatch.setattr(
+        registry.log._store, "read", lambda key, limit: read.append(key) or original(key, limit)
+    )
     assert registry.reconcile("toy") == []
     assert read == ["promotions/toy/00000003.json"]
     assert registry.models() == ["toy"]

@@ -108,9 +108,9 @@ def test_what_is_new_is_seen_and_nothing_else_is_asked_for(
     for name in ("read", "head", "modified", "list"):
         method = getattr(FileStore, name)
 
-        def counted(store: FileStore, key: str = "", method: Any = method) -> Any:
+        def counted(store: FileStore, key: str = "", *limit: int, method: Any = method) -> Any:
             asked[key] += 1
-            return method(store, key)
+            return method(store, key, *limit)
 
         monkeypatch.setattr(FileStore, name, counted)
     monkeypatch.setattr(run_board, "LIST_SECONDS", 60.0)
@@ -149,7 +149,7 @@ def test_who_does_not_answer_leaves_what_was_known(
     fake.failures = [ConnectionError("refused")]
     assert board.look().runs == before.runs
 
-    def away(store: FileStore, key: str) -> bytes:
+    def away(store: FileStore, key: str, limit: int | None = None) -> bytes:
         raise Unavailable("no route to the store")
 
     with monkeypatch.context() as patch:
