@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
@@ -29,21 +30,23 @@ from orchestrator.job_records import (
     write_run_failure,
     write_stop,
 )
+from orchestrator.job_runs import JobRuns
 from orchestrator.kept_log import keep_log
 from orchestrator.packing import worker_resources
 from orchestrator.place import Place
 from orchestrator.queue import Entry, Share
 from orchestrator.ray_jobs import STOP_WAIT_SECONDS
-from orchestrator.registry import Registry
 from orchestrator.scoring import log_scores, write_plans
 from orchestrator.time_limit import watch_time
-from orchestrator.tracking import JobRuns, Tracking
 from orchestrator.trials import run_trials
 from orchestrator.turn import await_turn, no_room
 from orchestrator.wheel import check_running
 from workers.config import ComputeConfig, RunConfig
 from workers.errors import DataError, VitscaleError
 from workers.storage import Unavailable, open_store, probe
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +134,11 @@ def run_job(spec: JobSpec, job: str) -> None:
     write_done(open_store(spec.runs), spec.digest)
 
 
-def _register(spec: JobSpec, runs: JobRuns, tracking: Tracking) -> None:
+def _register(spec: JobSpec, runs: JobRuns, tracking: "Tracking") -> None:
     """The versions of runs that are complete, in the order in which they were asked for."""
+    # On use: it brings MLflow and the models, and the workers are to start first.
+    from orchestrator.registry import Registry
+
     registry = Registry(tracking.client, spec.runs)
     for config, model in zip(spec.configs, spec.models, strict=True):
         if model is not None and is_complete(spec.runs, config):

@@ -8,15 +8,17 @@ from workers.data.index import DatasetIndex
 from workers.data.lookahead import mean_bytes
 from workers.data.mixture import make_order
 from workers.data.samples import HELD_BYTES
-from workers.models.memory import TrainingMemory, rank_images, training_memory
+from workers.models.memory import rank_images, training_memory, uses_fsdp
 
-WORKER_BYTES = 411 << 20
-"""Python 3.11, torch 2.13 for CPUs, Ray 2.60 and this package imported, in a gloo group: resident, measured
-on x86-64 Linux. Torch with CUDA takes more."""
+WORKER_BYTES = 518 << 20
+"""Python 3.11, torch 2.13 for CPUs and Ray 2.60, in a worker that has trained the smallest ViT: resident,
+measured on x86-64 Linux. 411 MiB are there after the imports; the rest comes with Ray's connections and the
+first steps, which import torch's compiler and touch their kernels. Torch with CUDA takes more."""
 READER_BYTES = 263 << 20
 """Likewise, of a reader process."""
-SNAPSHOTS = 2
-"""Checkpoints on their way to the store; `workers/training/committer.py`."""
+KEPT, KEPT_BY_FSDP = 0.1, 0.35
+"""Of the step's tensors: what glibc keeps of those that are freed. Measured, ViT-Ti to ViT-B, 5 to 17 % and,
+of FSDP's many buffers of 1 to 30 MB, 20 to 55 %; with MALLOC_MMAP_THRESHOLD_=1048576 it is gone."""
 COPIED_BATCHES = 2
 """Of reader processes' batches; `workers/data/readers.py`."""
 
@@ -29,8 +31,11 @@ class HostMemory:
     """Interpreter and libraries, of worker and readers."""
     tensors: int
     """Of the training step, where the device is the CPU."""
+    allocator: int
+    """What the C library keeps of these."""
     snapshots: int
-    """Of weights, moments and average, until commits are in the store."""
+    """Of weights, moments and average: one checkpoint. One before it that the store has not taken yet lies in
+    the spool, on the disk, but for its average (`workers/training/committer.py`)."""
     lookahead: int
     """Samples that are read ahead, at most."""
     batches: int
@@ -38,7 +43,7 @@ class HostMemory:
 
     @property
     def total(self) -> int:
-        return self.process + self.tensors + self.snapshots + self.lookahead + self.batches
+        return self.process + self.tensors + self.allocator + self.snapshots + self.lookahead + self.batches
 
 
 def host_memory(config: RunConfig, workers: int, data: DatasetIndex | None) -> HostMemory:
@@ -48,21 +53,15 @@ def host_memory(config: RunConfig, workers: int, data: DatasetIndex | None) -> H
     height, width = config.model.image_shape
     batch = rank_images(config, workers) * config.model.channels * height * width
     ahead = compute.prefetch_batches + (COPIED_BATCHES if compute.readers else 1)
+    kept = KEPT_BY_FSDP if uses_fsdp(config, workers, cuda=cuda) else KEPT
     return HostMemory(
         process=WORKER_BYTES + compute.readers * READER_BYTES,
         tensors=0 if cuda else memory.peak,
-        snapshots=min(SNAPSHOTS, _commits(config)) * _rows_bytes(memory),
+        allocator=0 if cuda else int(kept * memory.peak),
+        snapshots=memory.parameters + memory.optimizer + memory.average,
         lookahead=_lookahead(config, workers, data),
         batches=ahead * batch,
     )
-
-
-def _rows_bytes(memory: TrainingMemory) -> int:
-    return memory.parameters + memory.optimizer + memory.average
-
-
-def _commits(config: RunConfig) -> int:
-    return 1 + config.num_steps * config.train.global_batch_size // config.train.checkpoint_every_images
 
 
 def _lookahead(config: RunConfig, workers: int, data: DatasetIndex | None) -> int:

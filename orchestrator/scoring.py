@@ -7,17 +7,15 @@ import contextlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from mlflow.entities import Metric
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.fitting import needed_bytes
 from orchestrator.host_memory import host_memory
 from orchestrator.job import JobSpec, run_head, run_url
 from orchestrator.past_runs import PastRun, as_past_run, forecast, key_of, read_past_runs
-from orchestrator.tracking import Tracking, mlflow_errors
 from workers.config import RunConfig
 from workers.data.index import DatasetIndex
 from workers.hardware_label import cpu_label, gpu_label
@@ -25,6 +23,9 @@ from workers.models.memory import training_memory
 from workers.storage import AlreadyExists, NotFound, Store, open_store
 from workers.training.commits import CommitLog
 from workers.training.metrics import newest_events
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import Tracking
 
 PLAN, SCORE = "plan.json", "score.json"
 WARM_UP_POINTS = 1
@@ -117,8 +118,13 @@ def _measure(config: RunConfig, plan: StoredPlan, events: Sequence[Mapping[str, 
     return PastRun(**values)
 
 
-def log_scores(spec: JobSpec, tracking: Tracking, ids: Mapping[str, str]) -> None:
+def log_scores(spec: JobSpec, tracking: "Tracking", ids: Mapping[str, str]) -> None:
     """Of the runs that are complete: planned / measured as metrics of their MLflow runs."""
+    # On use: a run's plan is written before its workers start, and MLflow takes a second or two.
+    from mlflow.entities import Metric
+
+    from orchestrator.tracking import mlflow_errors
+
     for config in spec.configs:
         head = run_head(spec.runs, config)
         past = score(spec.runs, config) if head is not None and head.complete else None

@@ -9,23 +9,20 @@ import contextlib
 import http.client
 import logging
 import tempfile
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from orchestrator.job import JobSpec, is_complete, run_head, run_url
 from workers.code_digests import code_digests
 from workers.config import RunConfig
 from workers.errors import DataError, root_cause
-from workers.storage import Store, Unavailable, open_store
+from workers.storage import Store, Unavailable
 from workers.training.commits import Window
 from workers.training.metrics import EventReader
 
@@ -34,8 +31,6 @@ log = logging.getLogger(__name__)
 BATCH = 1000
 """MLflow's limit of metrics per request."""
 ALIVE_SECONDS = 10.0
-DRAIN_SECONDS = 2.0
-RETRY_SECONDS = 5.0
 RUN_TAG = "vitscale.run"
 SKIPPED_TAG = "vitscale.skipped"
 """Of a run that went back: the steps that it skipped, as `first-last`."""
@@ -151,86 +146,6 @@ def mlflow_errors(what: str) -> Iterator[None]:
             )
         kind = DataError if 400 <= status < 429 else Unavailable
         raise kind(f"{what} failed ({root_cause(error)}); {hint}") from error
-
-
-class JobRuns:
-    """The MLflow runs of a job: opened, fed from a thread while it trains, and ended.
-
-    An outage of MLflow delays all of that and stops nothing; no point is lost, they wait in the store.
-    """
-
-    def __init__(self, spec: JobSpec) -> None:
-        self._spec = spec
-        self._parent: str | None = None
-        self.ids: dict[str, str] = {}
-        """By the runs' names, once they are open."""
-        self._drains: dict[str, Drain] = {}
-        self._tracking: Tracking | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._feed, name="drain-events")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def end(self, status: str, *, patience: float = 0.0) -> Tracking:
-        """Send what is left; a run that is not complete ends as `status`. Unavailable if MLflow is down for
-        longer than `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                return self._end(status)
-            except Unavailable as error:
-                if time.monotonic() >= deadline:
-                    raise
-                log.warning("waiting for MLflow: %s", error)
-            time.sleep(RETRY_SECONDS)
-
-    def _end(self, status: str) -> Tracking:
-        tracking = self.open()
-        for config in self._spec.configs:
-            head = run_head(self._spec.runs, config)
-            with mlflow_errors(tracking.name):
-                self._drains[config.run].step(committed=head.images_seen if head else 0)
-            done = head is not None and head.complete
-            tracking.finish(self.ids[config.run], "FINISHED" if done else status)
-        if self._parent:
-            tracking.finish(self._parent, status)
-        return tracking
-
-    def open(self) -> Tracking:
-        """What is open already is not opened again."""
-        tracking = self._tracking = self._tracking or Tracking(self._spec.mlflow, self._spec.experiment)
-        if self._spec.parent and not self._parent:
-            self._parent = tracking.open_run(self._spec.parent)
-            tracking.resume(self._parent)
-        for config in self._spec.configs:
-            if config.run in self._drains:
-                continue
-            run_id = tracking.open_run(config.run, parent=self._parent, tags=self._spec.tags)
-            tracking.log_config(run_id, config)
-            tracking.log_code(run_id)
-            if not is_complete(self._spec.runs, config):
-                tracking.resume(run_id)
-            self.ids[config.run] = run_id
-            self._drains[config.run] = Drain(tracking, run_id, open_store(run_url(self._spec.runs, config)))
-        return tracking
-
-    def _feed(self) -> None:
-        delay = 0.0
-        while not self._stop.wait(delay):
-            delay = DRAIN_SECONDS
-            try:
-                tracking = self.open()
-                with mlflow_errors(tracking.name):
-                    for drain in self._drains.values():
-                        drain.step()
-            except DataError as error:
-                log.warning("metrics wait in the store: %s", error)
 
 
 class Drain:

@@ -28,7 +28,8 @@ KINDS = {
 HOST_KINDS = {
     "process": "interpreter and libraries",
     "tensors": "the training step's tensors",
-    "snapshots": "checkpoints on their way to the store",
+    "allocator": "freed tensors that the C library keeps",
+    "snapshots": "a checkpoint on its way to the store",
     "lookahead": "samples read ahead, at most",
     "batches": "decoded batches",
 }

@@ -5,17 +5,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, name_runs, run_head, write_spec
 from orchestrator.job_records import unwish, wish
-from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor, settle
-from orchestrator.versions import Version
 from orchestrator.wheel import keep_wheel, site_wheel
 from pipelines.interrupts import Interrupts
 from pipelines.progress import JobProgress, Ticks
@@ -25,6 +23,10 @@ from workers.config_text import override, read_yaml
 from workers.data.index import DatasetIndex
 from workers.errors import ConfigError, VitscaleError
 from workers.storage import join_url, open_store
+
+if TYPE_CHECKING:
+    from orchestrator.registry import Registry
+    from orchestrator.versions import Version
 
 EXPERIMENT = "vitscale"
 POLL_SECONDS = 0.5
@@ -58,7 +60,7 @@ def read_config(
     return _resolve(make_config(override(values, overrides)))
 
 
-def train(site: Site, config: RunConfig, *, register_as: str, label: str, console: Console) -> Version:
+def train(site: Site, config: RunConfig, *, register_as: str, label: str, console: Console) -> "Version":
     """Attached: shows progress and returns the registered version; an interrupt stops the job."""
     (version,) = train_all(site, [(config, register_as)], label=label, console=console)
     return version
@@ -66,8 +68,11 @@ def train(site: Site, config: RunConfig, *, register_as: str, label: str, consol
 
 def train_all(
     site: Site, runs: Sequence[tuple[RunConfig, str]], *, label: str, console: Console
-) -> list[Version]:
+) -> "list[Version]":
     """Likewise for several runs, each with the name of its model: one job, whose worker groups they share."""
+    # On use: MLflow and torch take seconds, and who only submits needs neither.
+    from orchestrator.registry import open_registry
+
     registry = open_registry(site)
     found = find_versions(registry, site, runs)
     if None in found:
@@ -95,13 +100,13 @@ def make_spec(site: Site, runs: Sequence[tuple[RunConfig, str]], label: str) -> 
 
 
 def find_versions(
-    registry: Registry, site: Site, runs: Sequence[tuple[RunConfig, str]]
-) -> list[Version | None]:
+    registry: "Registry", site: Site, runs: Sequence[tuple[RunConfig, str]]
+) -> "list[Version | None]":
     """What each of them was registered as; None of those that are not there yet."""
     return [find_version(registry, site, config, model) for config, model in runs]
 
 
-def find_version(registry: Registry, site: Site, config: RunConfig, model: str) -> Version | None:
+def find_version(registry: "Registry", site: Site, config: RunConfig, model: str) -> "Version | None":
     """The version that this configuration's complete run was registered as."""
     head = run_head(site.runs, config)
     if head is None or not head.complete:

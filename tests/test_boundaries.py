@@ -147,6 +147,19 @@ def test_what_a_laptop_needs_is_light(module: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("module", "later"),
+    [
+        ("pipelines.pretrain", {"torch", "mlflow", "pandas"}),
+        ("orchestrator.driver", {"mlflow", "workers.training.loop", "torch.distributed.fsdp"}),
+    ],
+)
+def test_a_run_starts_before_what_is_slow_to_import(module: str, later: set[str]) -> None:
+    """A job is submitted, and its worker group asked for, without what is needed only afterwards."""
+    code = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*sys.modules)"
+    assert later.isdisjoint(run(code, module).split())
+
+
 def test_workers_need_neither_ray_nor_mlflow() -> None:
     code = """
 import importlib, sys

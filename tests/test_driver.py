@@ -13,10 +13,11 @@ from orchestrator.capacity import Room
 from orchestrator.driver import RESTARTS
 from orchestrator.job import JobSpec, is_complete, run_url
 from orchestrator.job_records import Stopped, read_note, read_run_failures, write_stop
+from orchestrator.job_runs import JobRuns
 from orchestrator.place import Place
 from orchestrator.queue import Share
 from orchestrator.site import Site
-from orchestrator.tracking import JobRuns, Tracking
+from orchestrator.tracking import Tracking
 from tests.test_config import VALUES, changed
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError

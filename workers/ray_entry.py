@@ -7,13 +7,15 @@ from ray.train.torch import get_device
 from ray.util.metrics import Gauge
 
 from workers.training.gauges import GAUGES, Gauges
-from workers.training.loop import train_worker
 
 
 def train_entry(payload: Mapping[str, Any]) -> None:
     """Runs on every worker of a `TorchTrainer`, which has initialised the process group.
 
     Ray's agent on each node serves the gauges to Prometheus."""
+    # On use: the driver imports this file for the function's name, and the loop would take it a second.
+    from workers.training.loop import train_worker
+
     of_ray = {name: Gauge(name, description=text, tag_keys=("run",)) for name, text in GAUGES.items()}
     gauges = Gauges(lambda name, run, value: of_ray[name].set(value, {"run": run}))
     try:

@@ -14,8 +14,9 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 
 from orchestrator.job import JobSpec, run_url
+from orchestrator.job_runs import JobRuns
 from orchestrator.processes import free_port
-from orchestrator.tracking import RUN_TAG, JobRuns
+from orchestrator.tracking import RUN_TAG
 from tests.chaos.row import Lab, Row
 from tests.distributed import Ranks
 from tests.runs import BATCH, tiny_config, train_rank

@@ -54,6 +54,13 @@ def microbatch(config: RunConfig, workers: int) -> int:
     return 1 if asked == "auto" else min(share, asked or share)
 
 
+def uses_fsdp(config: RunConfig, workers: int, *, cuda: bool) -> bool:
+    """As `workers/training/parallel.py` decides."""
+    plain = config.train.precision == "float32"
+    recomputes = config.compute.activation_checkpointing != "none"
+    return not (workers == 1 and (plain or (not cuda and not recomputes)))
+
+
 def checkpoint_bytes(config: RunConfig) -> int:
     """Of all objects of a checkpoint: weights, moments and average, whole."""
     shapes = parameter_shapes(config.model)
@@ -73,10 +80,7 @@ class _Step:
         self.images = rank_images(config, workers)
         self.microbatch = microbatch(config, workers)
         self.each = element_bytes(config)
-        plain = config.train.precision == "float32"
-        recomputes = config.compute.activation_checkpointing != "none"
-        # As `workers/training/parallel.py` decides.
-        self.fsdp = not (workers == 1 and (plain or (not cuda and not recomputes)))
+        self.fsdp = uses_fsdp(config, workers, cuda=cuda)
         self.units = activations(config, cuda=cuda)
 
     def memory(self) -> TrainingMemory:
