@@ -121,7 +121,7 @@ def may(caller, operation: str, bucket: str, key: str = "") -> bool:
     return True
 
 
-@pytest.mark.parametrize("store", [moto, ceph])
+@pytest.mark.parametrize("store", [moto, pytest.param(ceph, marks=pytest.mark.services)])
 @pytest.mark.timeout(600)
 def test_each_role_may_exactly_what_its_policy_says(
     store: Callable[[Path], AbstractContextManager[Clients]], tmp_path: Path
