@@ -13,10 +13,15 @@ from pydantic import BaseModel
 from workers.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+"""In the order in which a person goes through them."""
+DOCS = [*sorted((ROOT / "docs").glob("*.md")), *GUIDES]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *DOCS]
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+SHOWN_FILE = re.compile(r"`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""A text that ends in a file's name, and the block with what is in it."""
+EXIT_CODE = re.compile(r"# exit code (\d):")
 SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(r"(?<![\w/.:-])(?:\.ci|docs|infra|orchestrator|pipelines|tests|workers)/[\w./-]*\w")
@@ -32,6 +37,23 @@ class Command:
 
     def __str__(self) -> str:
         return f"{self.page}: {shlex.join(self.words)}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a person does who follows a page: write a file, or give a command and look at what it says."""
+
+    page: str
+    line: str
+    """Of the shell, or the name of the file."""
+    file: str | None = None
+    """What is in it."""
+    exit_code: int = 0
+    output: tuple[str, ...] = ()
+    """Lines that are shown below the command; `...` stands for anything."""
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.line}"
 
 
 def name(page: Path) -> str:
@@ -58,6 +80,26 @@ def console(page: Path) -> list[Command]:
                 if line.lstrip().startswith("$ "):
                     found += [Command(name(page), words) for words in _simple(line.lstrip()[2:])]
     return found
+
+
+def steps(page: Path) -> list[Step]:
+    """Files that are shown with their names, and commands with what they say, in the order of the page."""
+    text = page.read_text()
+    found = [
+        (match.start(2), Step(name(page), match[1], file=match[2])) for match in SHOWN_FILE.finditer(text)
+    ]
+    for match in FENCE.finditer(text):
+        if match[1] == "console":
+            found += [(match.start(2), step) for step in _console_steps(name(page), match[2])]
+    return [step for _, step in sorted(found, key=lambda at: at[0])]
+
+
+def _console_steps(page: str, text: str) -> Iterator[Step]:
+    for part in re.split(r"^ *\$ ", re.sub(r"\\\n", " ", text), flags=re.MULTILINE)[1:]:
+        line, *output = part.splitlines()
+        code = EXIT_CODE.search(line)
+        shown = tuple(" ".join(said.split()) for said in output if said.strip())
+        yield Step(page, line, exit_code=int(code[1]) if code else 0, output=shown)
 
 
 def inline(page: Path) -> list[Command]:
