@@ -1,5 +1,6 @@
 """The README's journey as a person runs it: the command as a process, real services, real kills."""
 
+import configparser
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator import services as local_services
+from orchestrator.daemons import _ray_folder
+from orchestrator.site import Site
+from tests import canary
 from tests.processes import ray_processes
 from workers.storage import open_store
 from workers.training.commits import CommitLog
@@ -47,25 +52,32 @@ def heads(directory: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A quickstart that was interrupted three times at random and then run to its end."""
+    """A quickstart that was interrupted three times at random and then run to its end.
+
+    Its shell holds secrets of other things; what its processes were called is in `ps.txt`.
+    """
     directory = tmp_path_factory.mktemp("journey")
     command = [*VITSCALE, "quickstart", "--dir", str(directory), *EFFORT]
+    shell, ps = os.environ | canary.ENVIRONMENT, directory / "ps.txt"
     seed = random.randrange(1000)
     rng = random.Random(seed)
     again = f"a finished run was trained again (interruption seed {seed})"
     finished: dict[str, tuple[int, int]] = {}
     try:
         for blow in (signal.SIGINT, signal.SIGKILL, signal.SIGINT):
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, env=shell, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             try:
                 process.wait(rng.uniform(8, 40))
             except subprocess.TimeoutExpired:
+                ps.write_text((ps.read_text() if ps.exists() else "") + canary.command_lines())
                 process.send_signal(blow)
                 process.wait(120)
             now = heads(directory)
             assert finished.items() <= now.items(), again
             finished = now
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=shell)
         assert done.returncode == 0, done.stdout + done.stderr
         assert finished.items() <= heads(directory).items(), again
         (directory / "output.txt").write_text(done.stdout)
@@ -308,6 +320,25 @@ def test_a_worker_s_own_error_reaches_the_terminal(journey: Path) -> None:
     done = vitscale("train", "vit-digits", "--data", root.as_uri(), *site)
     assert done.returncode == 1
     assert shard.name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_secret_is_in_any_log_database_object_or_command_line(journey: Path) -> None:
+    """After all of the above, with what Ray's Jobs API answers; but for the files that are there for it."""
+    site = Site.load(journey / "site.yaml")
+    assert site.ray_token_file is not None and site.aws_credentials_file is not None
+    token, credentials = site.ray_token_file.read_text(), configparser.ConfigParser()
+    credentials.read(site.aws_credentials_file)
+    key = credentials["default"]["aws_secret_access_key"]
+    request = urllib.request.Request(f"{site.ray}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        (journey / "jobs.json").write_bytes(answer.read())
+    assert "submission_id" in (journey / "jobs.json").read_text()
+    assert "orchestrator.driver" in (journey / "ps.txt").read_text()
+    kept = [*(journey / "s3").rglob("*.conf"), journey / "s3" / "keys.json"]
+    keepers = {site.ray_token_file, site.aws_credentials_file, *kept}
+    assert [path for path in keepers if path.stat().st_mode & 0o077] == []
+    secrets = canary.ENVIRONMENT | {"Ray's token": token, "the store's key": key}
+    assert canary.hits(secrets, [journey, _ray_folder(journey)], but=keepers) == []
 
 
 def new_run(journey: Path, at_least: int) -> Path | None:
