@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import services as local_services
+from orchestrator.daemons import _ray_folder
 from orchestrator.processes import State
 from tests.pages import GUIDES, Step, steps
 
@@ -33,12 +35,13 @@ def is_given(step: Step) -> bool:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder, and the command on the path; at the end no service runs there."""
+    """An empty folder; at the end no service runs there."""
     directory = tmp_path_factory.mktemp("guides")
     try:
         yield directory
     finally:
         local_services.down(directory / ".vitscale", lambda line: None)
+        shutil.rmtree(_ray_folder(directory.resolve() / ".vitscale"), ignore_errors=True)
 
 
 def environment(folder: Path) -> dict[str, str]:
