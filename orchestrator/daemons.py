@@ -205,7 +205,7 @@ def _has_experiments(database: Path) -> bool:
 
 
 def _ray(directory: Path, site: Site, ports: dict[str, int], num_cpus: int | None) -> Daemon:
-    folder = _ray_folder(directory)
+    folder = ray_folder(directory)
     # Two at least: a driver with its workers needs more than one.
     cpus = max(2, num_cpus or os.cpu_count() or 2)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
@@ -233,7 +233,7 @@ def _ray(directory: Path, site: Site, ports: dict[str, int], num_cpus: int | Non
     )
 
 
-def _ray_folder(directory: Path) -> Path:
+def ray_folder(directory: Path) -> Path:
     """Short, because a socket's path may have 107 bytes, of which Ray's own part takes 70."""
     digest = hashlib.sha256(str(directory).encode()).hexdigest()[:8]
     return Path(f"/tmp/vs-{os.getuid()}-{digest}")  # noqa: S108 it is made, and checked, to be ours alone

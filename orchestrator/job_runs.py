@@ -1,7 +1,7 @@
 """A job's runs in MLflow, while the driver does its work.
 
-MLflow is imported on use, which is on the thread that feeds it: that takes a second or two, and the worker
-group can start meanwhile.
+MLflow is imported on use, which is on the thread that feeds it: that takes a second or two of the
+interpreter. It waits before that, so that the worker group is asked for first and starts meanwhile.
 """
 
 import logging
@@ -94,11 +94,9 @@ class JobRuns:
         return tracking
 
     def _feed(self) -> None:
-        from orchestrator.tracking import mlflow_errors
+        while not self._stop.wait(DRAIN_SECONDS):
+            from orchestrator.tracking import mlflow_errors
 
-        delay = 0.0
-        while not self._stop.wait(delay):
-            delay = DRAIN_SECONDS
             try:
                 tracking = self.open()
                 with mlflow_errors(tracking.name):

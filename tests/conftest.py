@@ -15,7 +15,7 @@ from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
 from orchestrator import services as local_services
-from orchestrator.daemons import _ray_folder
+from orchestrator.daemons import ray_folder
 from orchestrator.registry import Registry
 from orchestrator.site import Site
 from pipelines.ingest import ingest
@@ -146,7 +146,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     finally:
         s3_client.cache_clear()
         local_services.down(directory, said.append)
-        shutil.rmtree(_ray_folder(directory.resolve()), ignore_errors=True)
+        shutil.rmtree(ray_folder(directory.resolve()), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from ray.job_submission import JobStatus
 from orchestrator import ray_jobs
 from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
-from orchestrator.daemons import _ray_folder
+from orchestrator.daemons import ray_folder
 from orchestrator.job import JobSpec, find_spec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
 from orchestrator.kept_log import list_logs
@@ -484,7 +484,7 @@ def test_a_run_makes_way_for_one_of_higher_priority_and_goes_on(
 @contextlib.contextmanager
 def watched_gauges(directory: Path) -> Iterator[dict[tuple[str, str], float]]:
     """What Ray's agent serves to Prometheus meanwhile, by gauge and run; the newest value of each."""
-    (discovery,) = _ray_folder(directory).glob("r/prom_metrics_service_discovery.json")
+    (discovery,) = ray_folder(directory).glob("r/prom_metrics_service_discovery.json")
     addresses = json.loads(discovery.read_text())[0]["targets"]
     shown: dict[tuple[str, str], float] = {}
     ended = threading.Event()

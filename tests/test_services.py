@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from orchestrator import services, swift
-from orchestrator.daemons import Daemon, _prepare_mlflow, _ray_folder, answers, make_daemons, make_site
+from orchestrator.daemons import Daemon, _prepare_mlflow, ray_folder, answers, make_daemons, make_site
 from orchestrator.processes import (
     HOST,
     MARK,
@@ -347,7 +347,7 @@ def test_the_three_services_live_and_end(tmp_path):
             members = {process for record in records for process in family(record)}
             down(tmp_path, said.append)
             stranger.kill()
-            shutil.rmtree(_ray_folder(tmp_path.resolve()))
+            shutil.rmtree(ray_folder(tmp_path.resolve()))
     assert len(members) > 15
     alive = [p for p in members if psutil.pid_exists(p.pid) and p.status() != psutil.STATUS_ZOMBIE]
     assert alive == []

@@ -17,7 +17,7 @@ import ray
 from ray.job_submission import JobStatus
 
 from orchestrator import ray_jobs, tasks
-from orchestrator.daemons import _ray_folder
+from orchestrator.daemons import ray_folder
 from orchestrator.job_records import read_failure, write_failure
 from orchestrator.site import Site
 from orchestrator.tasks import TaskSpec, main, map_on_cluster
@@ -209,7 +209,7 @@ def test_an_ingest_on_the_cluster_survives_a_killed_worker(services: Site, tmp_p
 
 def kill_worker(services: Site, process: subprocess.Popen[str]) -> bool:
     """One that examines images, of this Ray alone."""
-    folder = str(_ray_folder(services.ray_token_file.parent))
+    folder = str(ray_folder(services.ray_token_file.parent))
     deadline = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < deadline:
         for worker in psutil.process_iter(["name", "cmdline"]):

@@ -4,8 +4,7 @@
     python -P -m tests.benchmarks.empty_job train JOB WORKERS FOLDER    # what it submits: the driver
 
 `RAY_ADDRESS` names the dashboard in the first place, and the cluster in the second. Below FOLDER a file for
-each moment, which holds it in seconds since 1970: `begun` and `fit` of the driver, `entry-<rank>` and
-`step-<rank>`.
+each moment, which holds it in seconds since 1970: `begun` and `fit` of the driver, `step-<rank>`.
 """
 
 import os
@@ -47,11 +46,9 @@ def one_step(config: dict[str, Any]) -> None:
     import torch
     from ray.train import get_context
 
-    rank = get_context().get_world_rank()
-    note(config["folder"], f"entry-{rank}")
     weight = torch.zeros(1, requires_grad=True)
     (weight * 2).sum().backward()
-    note(config["folder"], f"step-{rank}")
+    note(config["folder"], f"step-{get_context().get_world_rank()}")
 
 
 def note(folder: str, moment: str) -> None:

@@ -22,9 +22,11 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from orchestrator.daemons import ray_folder
 from orchestrator.job import find_digest, run_url
 from orchestrator.job_records import is_done
 from orchestrator.kept_log import list_logs
@@ -44,11 +46,13 @@ STAGES = (
     "command, until Ray has the job",
     "the driver's process, until its imports are done",
     "driver, until it asks for a worker group",
-    "worker group, until its function runs (ours: has the lease)",
+    "worker group, until its function is called",
+    "imports of the function, data's index, lease",
     "model and optimizer, until the loop begins",
     "first batch and step",
 )
 STEPS = 4
+WORKER_LOGS = "ray-train-sys-worker-*.log"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 QUIET_SECONDS = 5.0
 """Between two jobs: Ray ends the processes of the last one and starts idle ones for the next."""
@@ -98,8 +102,9 @@ class Bench:
         began = self._run([*command, job, str(self._workers), str(folder)], more)
         self._await(lambda: self._ask(job)["status"] in ENDED, job)
         at = {path.name: float(path.read_text()) for path in folder.iterdir()}
-        ranks = [max(at[f"{what}-{rank}"] for rank in range(self._workers)) for what in ("entry", "step")]
-        return stages(began, self._started(job), at["begun"], at["fit"], ranks[0], ranks[0], ranks[1])
+        step = max(at[f"step-{rank}"] for rank in range(self._workers))
+        called = self._called(at["fit"])
+        return stages(began, self._started(job), at["begun"], at["fit"], called, called, called, step)
 
     def train(self, number: int) -> list[float]:
         """Likewise."""
@@ -116,7 +121,8 @@ class Bench:
         events = newest_events(store, 0)
         loop, step = (next(e["time"] for e in events if e["kind"] == kind) for kind in ("start", "metrics"))
         planned, leased = (store.modified(key) for key in (PLAN, lease_key(0)))
-        return stages(began, self._started(job), log.begun, planned, leased, loop, step)
+        called = self._called(planned)
+        return stages(began, self._started(job), log.begun, planned, called, leased, loop, step)
 
     def _config(self, number: int) -> RunConfig:
         return tiny_config(
@@ -150,6 +156,18 @@ class Bench:
     def _started(self, job: str) -> float:
         """When Ray took it."""
         return float(self._ask(job)["start_time"]) / 1000
+
+    def _called(self, since: float) -> float:
+        """When the last rank of the newest group called its function, by the logs of Ray Train's workers."""
+        times = []
+        for path in (ray_folder(self._cluster.folder) / "r").glob(f"session_2*/logs/train/{WORKER_LOGS}"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            told = [line["asctime"] for line in lines if "Launching training function" in line["message"]]
+            times += [datetime.strptime(text, "%Y-%m-%d %H:%M:%S,%f").timestamp() for text in told]
+        calls = [called for called in times if called >= since]
+        if len(calls) != self._workers:
+            raise results.Failed(f"Ray Train's logs tell of {len(calls)} calls of {self._workers}")
+        return max(calls)
 
     def _ask(self, what: str) -> dict[str, Any]:
         """Of the Jobs API. Ray's own client looks for the token when it is imported, which was before."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 
-from orchestrator.daemons import _ray_folder
+from orchestrator.daemons import ray_folder
 from orchestrator.job import run_url
 from orchestrator.processes import State, family
 from tests.chaos.checkpoints import same_run
@@ -71,7 +71,7 @@ def kill_cluster(life: Life) -> bool:
     while members := [p for p in family(State.load(folder).services["ray"]) if is_alive(p)]:
         kill_all(members)
         time.sleep(0.2)
-    shutil.rmtree(_ray_folder(folder), ignore_errors=True)
+    shutil.rmtree(ray_folder(folder), ignore_errors=True)
     life.cluster.up()
     return True
 
