@@ -18,6 +18,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,15 @@ class Runs:
         assert self._cluster is not None
         log = self._folder / "log"
         print(f"  {config.run}", file=sys.stderr, flush=True)
-        if self._cluster.command("train", str(write_config(self._folder, config)), log=log).wait():
+        process = self._cluster.command("train", str(write_config(self._folder, config)), log=log)
+        try:
+            failed = process.wait()
+        finally:
+            # Nothing more of a run that is interrupted; it begins anew under its next name.
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+        if failed:
             raise results.Failed(log.read_text()[-2000:])
 
 
