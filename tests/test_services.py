@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from orchestrator import services, swift
-from orchestrator.daemons import Daemon, _prepare_mlflow, ray_folder, answers, make_daemons, make_site
+from orchestrator.daemons import Daemon, _prepare_mlflow, answers, make_daemons, make_site, ray_folder
 from orchestrator.processes import (
     HOST,
     MARK,
