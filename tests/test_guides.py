@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import services as local_services
-from orchestrator.daemons import _ray_folder
+from orchestrator.daemons import ray_folder
 from orchestrator.processes import State
 from tests.pages import GUIDES, Step, steps
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
     finally:
         local_services.down(directory / ".vitscale", lambda line: None)
-        shutil.rmtree(_ray_folder(directory.resolve() / ".vitscale"), ignore_errors=True)
+        shutil.rmtree(ray_folder(directory.resolve() / ".vitscale"), ignore_errors=True)
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import services as local_services
-from orchestrator.daemons import _ray_folder
+from orchestrator.daemons import ray_folder
 from orchestrator.site import Site
 from tests import canary
 from tests.processes import ray_processes
@@ -338,7 +338,7 @@ def test_no_secret_is_in_any_log_database_object_or_command_line(journey: Path) 
     keepers = {site.ray_token_file, site.aws_credentials_file, *kept}
     assert [path for path in keepers if path.stat().st_mode & 0o077] == []
     secrets = canary.ENVIRONMENT | {"Ray's token": token, "the store's key": key}
-    assert canary.hits(secrets, [journey, _ray_folder(journey)], but=keepers) == []
+    assert canary.hits(secrets, [journey, ray_folder(journey)], but=keepers) == []
 
 
 def new_run(journey: Path, at_least: int) -> Path | None:
