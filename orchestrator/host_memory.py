@@ -17,8 +17,9 @@ first steps, which import torch's compiler and touch their kernels. Torch with C
 READER_BYTES = 263 << 20
 """Likewise, of a reader process."""
 KEPT, KEPT_BY_FSDP = 0.1, 0.35
-"""Of the step's tensors: what glibc keeps of those that are freed. Measured, ViT-Ti to ViT-B, 5 to 17 % and,
-of FSDP's many buffers of 1 to 30 MB, 20 to 55 %; with MALLOC_MMAP_THRESHOLD_=1048576 it is gone."""
+"""Of the step's tensors: what glibc keeps of those that are freed. Seen: 10 to 17 % for ViT-Ti on one worker;
+with FSDP, whose buffers have 1 to 30 MB, 28 to 46 % for ViT-S, 55 % for ViT-B, which
+MALLOC_MMAP_THRESHOLD_=1048576 took away. Chosen so that the plans of six runs fit, see `make bench-plan`."""
 COPIED_BATCHES = 2
 """Of reader processes' batches; `workers/data/readers.py`."""
 
