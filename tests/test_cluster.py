@@ -453,9 +453,9 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
 def test_a_run_makes_way_for_one_of_higher_priority_and_goes_on(
     services: Site, train: list[str], tmp_path: Path
 ) -> None:
-    """Four CPUs hold one of the two. Of one worker each: that one starts is what takes the time here."""
+    """Four CPUs hold one of the two. The first trains for as long as the other takes to come."""
     one = ["compute.workers=1", "compute.cpus_per_worker=3", "compute.drill.record_batches=true"]
-    low, high = ["train.images=9000", "seed=79"], ["train.images=1000", "seed=80", "compute.priority=1"]
+    low, high = ["train.images=12000", "seed=79"], ["train.images=1000", "seed=80", "compute.priority=1"]
     low, high = ([*train, *(f"--set={of}" for of in (*one, *sets)), "--json"] for sets in (low, high))
     process = subprocess.Popen(low, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     queue = EntryReader(open_store(services.runs))
