@@ -35,7 +35,7 @@ JOB_ENVIRONMENT = {
 """Of every process of a job, with the site's settings. Ray shows it to whoever asks: nothing secret."""
 
 
-class JobSubmissionClient(job_submission.JobSubmissionClient):  # type: ignore[misc]
+class JobSubmissionClient(job_submission.JobSubmissionClient):  # type: ignore[misc] # Ray gives it no type
     def _do_request(self, method: str, endpoint: str, **arguments: Any) -> Any:
         """What changes something is not given up: it may have been done."""
         timeout = ANSWER_SECONDS if method == "GET" else None

@@ -87,7 +87,7 @@ def local_factory(global_conf: Mapping[str, str], **local_conf: str) -> Callable
 
 def write_rings(directory: str, ports: Mapping[str, int]) -> None:
     """One device and one copy per object; where objects lie on the disk does not depend on the ports."""
-    from swift.common.ring import RingBuilder  # type: ignore[import-not-found]
+    from swift.common.ring import RingBuilder  # type: ignore[import-not-found] # only where this runs
 
     for server, port in ports.items():
         builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)

@@ -16,6 +16,7 @@ from pipelines.evaluate_command import evaluate
 from pipelines.finetune_command import finetune
 from pipelines.fit_command import fit
 from pipelines.gc_command import gc
+from pipelines.harmless import HarmlessFormatter
 from pipelines.inspect_command import inspect
 from pipelines.pipeline_command import run
 from pipelines.plan_command import plan
@@ -24,7 +25,7 @@ from pipelines.queue_commands import queue
 from pipelines.report_command import report
 from pipelines.retire_command import retire, sign
 from pipelines.scale_command import scale
-from pipelines.terminal import console, errors, harmless
+from pipelines.terminal import console, errors
 from pipelines.watch_command import watch
 from workers.errors import ConfigError, VitscaleError
 
@@ -48,7 +49,7 @@ def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 interrupted."""
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Harmless("%(message)s"))
+        handler.setFormatter(HarmlessFormatter("%(message)s"))
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(standalone_mode=True)
@@ -60,11 +61,6 @@ def main() -> None:
         if leave.code == INTERRUPTED:
             errors.print("interrupted; the same command again goes on from here")
         raise
-
-
-class _Harmless(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return harmless(super().format(record))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

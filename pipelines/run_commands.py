@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.harmless import harmless
 from pipelines.terminal import (
     AsJson,
     Config,
@@ -18,7 +19,6 @@ from pipelines.terminal import (
     SiteFile,
     console,
     errors,
-    harmless,
     open_site,
 )
 from workers.errors import ConfigError, VitscaleError

@@ -3,38 +3,22 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.segment import Segment
+
+from pipelines.harmless import HarmlessConsole
 
 if TYPE_CHECKING:
     from orchestrator.site import Site
 
-CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
-"""Characters that a terminal obeys, but for tabs and ends of lines."""
-
-
-def harmless(text: str) -> str:
-    """Text of somebody else's, such as a log or a name, that may be shown on a terminal."""
-    return text.translate(CONTROLS)
-
-
-class _Console(Console):
-    """Prints styles of ours, and no escape sequence that came with what is printed."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=harmless(segment.text))
-
-
-console = _Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-errors = _Console(stderr=True, highlight=False, soft_wrap=True)
+console = HarmlessConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+errors = HarmlessConsole(stderr=True, highlight=False, soft_wrap=True)
 
 SiteFile = Annotated[
     Path | None,

@@ -1,9 +1,12 @@
 """Whether a secret is somewhere where it must not be: in files, as it is or as programs write it."""
 
 import base64
+import concurrent.futures
+import contextlib
 import os
+import threading
 import urllib.parse
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,8 @@ ENVIRONMENT = {
     for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "PGPASSWORD")
 }
 """Secrets as a submitter's shell may hold them, that no run has any business with."""
+WATCH_SECONDS = 0.5
+"""Between two looks at command lines; one costs some 20 ms."""
 
 
 def hits(secrets: Mapping[str, str], folders: Iterable[Path], *, but: Collection[Path] = ()) -> list[str]:
@@ -43,6 +48,21 @@ def forms(secret: str) -> list[bytes]:
     return ways
 
 
-def command_lines() -> str:
-    """Of all processes that run now: what `ps` shows to everybody."""
-    return "\n".join(command_line(process) for process in psutil.process_iter())
+@contextlib.contextmanager
+def watched_command_lines(path: Path) -> Iterator[None]:
+    """Those of all processes that run meanwhile, as `ps` shows them to everybody, in a file afterwards."""
+    seen: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(WATCH_SECONDS):
+            seen.update(map(command_line, psutil.process_iter()))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            yield
+        finally:
+            ended.set()
+            watching.result()
+            path.write_text("\n".join(sorted(seen)))

@@ -8,13 +8,16 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
+from orchestrator import ray_jobs
 from orchestrator import services as local_services
+from orchestrator.cluster import Cluster
 from orchestrator.daemons import ray_folder
 from orchestrator.registry import Registry
 from orchestrator.site import Site
@@ -22,7 +25,11 @@ from pipelines.ingest import ingest
 from tests.fake_mlflow import FakeMlflow
 from workers.data.index import DatasetIndex
 from workers.data.indexing import build_index
+from workers.data.samples import SampleReader
 from workers.storage import s3_client
+
+if TYPE_CHECKING:
+    from tests.fake_ray import FakeRay
 
 hypothesis.settings.register_profile("vitscale", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("vitscale")
@@ -169,3 +176,36 @@ def photos(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> "FakeRay":
+    """Ray's Jobs API, for whoever asks for it."""
+    # On use: it imports a file of tests, which pytest wants to see first.
+    from tests.fake_ray import FakeRay
+
+    fake = FakeRay()
+    monkeypatch.setattr(ray_jobs, "JobSubmissionClient", lambda url: fake)
+    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
+    return fake
+
+
+@pytest.fixture
+def cluster(fake: "FakeRay") -> Cluster:
+    from tests.fake_ray import SITE
+
+    return Cluster(SITE)
+
+
+@pytest.fixture
+def requests_for_samples(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The samples that each request asks a store for, from now on."""
+    requests: list[list[int]] = []
+    read_run = SampleReader._read_run
+
+    def noted(self: SampleReader, number: int, ordinals: Any, rows: Any) -> Any:
+        requests.append(ordinals.tolist())
+        return read_run(self, number, ordinals, rows)
+
+    monkeypatch.setattr(SampleReader, "_read_run", noted)
+    return requests

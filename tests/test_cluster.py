@@ -13,9 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,21 +21,21 @@ from mlflow import MlflowClient
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
-from orchestrator import ray_jobs
 from orchestrator import supervisor as supervisor_module
 from orchestrator.cluster import Cluster
 from orchestrator.daemons import ray_folder
-from orchestrator.job import JobSpec, find_spec, name_runs, run_url, write_spec
+from orchestrator.job import find_spec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish, write_done, write_failure
 from orchestrator.kept_log import list_logs
 from orchestrator.queue_records import EntryReader
 from orchestrator.site import Site
 from orchestrator.supervisor import MAX_RESTARTS, Stopped, Supervisor, supervise
+from tests.fake_ray import CONFIG, SITE, FakeRay, end, make_spec
 from tests.processes import ray_processes
 from tests.runs import CPU
-from tests.test_config import VALUES, changed
+from tests.test_config import changed
 from tests.wheels import make_wheel
-from workers.config import RunConfig, make_config
+from workers.config import make_config
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store
 from workers.training import loop
@@ -46,88 +44,6 @@ from workers.training.commits import CommitLog
 from workers.training.control import read_stop
 from workers.training.drill import read_batches
 from workers.training.gauges import GAUGES
-
-CONFIG = make_config(VALUES)
-
-
-@dataclass
-class FakeRay:
-    """The Jobs API: jobs run until `status` says otherwise."""
-
-    jobs: dict[str, Any] = field(default_factory=dict)
-    failures: list[Exception] = field(default_factory=list)
-    """What the next calls raise."""
-    log: str = ""
-
-    def _up(self) -> None:
-        if self.failures:
-            raise self.failures.pop(0)
-
-    def list_jobs(self) -> list[Any]:
-        self._up()
-        return [SimpleNamespace(submission_id=None, status=JobStatus.RUNNING), *self.jobs.values()]
-
-    def submit_job(self, **details: Any) -> str:
-        self._up()
-        job = details.pop("submission_id")
-        if job in self.jobs:
-            raise RuntimeError(f"Request failed with status code 500: Job {job} already exists.")
-        self.jobs[job] = SimpleNamespace(
-            submission_id=job,
-            status=JobStatus.RUNNING,
-            message="",
-            driver_exit_code=None,
-            start_time=None,
-            **details,
-        )
-        return job
-
-    def get_job_info(self, job: str) -> Any:
-        self._up()
-        return self.jobs[job]
-
-    def get_job_status(self, job: str) -> JobStatus:
-        return self.jobs[job].status
-
-    def get_job_logs(self, job: str) -> str:
-        self._up()
-        return self.log
-
-    def stop_job(self, job: str) -> None:
-        self.jobs[job].status = JobStatus.STOPPED
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
-    fake = FakeRay()
-    monkeypatch.setattr(ray_jobs, "JobSubmissionClient", lambda url: fake)
-    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
-    return fake
-
-
-@pytest.fixture
-def cluster(fake: FakeRay) -> Cluster:
-    return Cluster(SITE)
-
-
-SITE = Site(
-    ray="http://127.0.0.1:1",
-    mlflow="http://mlflow",
-    data="s3://data",
-    runs="s3://runs",
-    s3_endpoint="http://s3:9000",
-    aws_credentials_file=Path("/home/me/.aws/credentials"),
-    ray_token_file=Path("/home/me/.ray/auth_token"),
-)
-
-
-def make_spec(runs: str, config: RunConfig = CONFIG, **changes: Any) -> JobSpec:
-    return JobSpec(configs=(config,), runs=runs, mlflow="http://mlflow", experiment="vitscale", **changes)
-
-
-def complete(runs: str, config: RunConfig = CONFIG) -> None:
-    log = CommitLog(open_store(run_url(runs, config)))
-    log.append(log.take_lease(), parent=None, manifest="m", digest="d", images_seen=64, complete=True)
 
 
 def test_the_same_command_joins_its_job_and_starts_a_new_one_when_that_has_ended(
@@ -204,10 +120,6 @@ def supervisor(cluster: Cluster, store_url: str, monkeypatch: pytest.MonkeyPatch
     spec = make_spec(store_url)
     wish(open_store(store_url), spec.digest, running=True)
     return Supervisor(SITE, spec, cluster.start(spec))
-
-
-def end(fake: FakeRay, job: str, status: JobStatus) -> None:
-    fake.jobs[job].status = status
 
 
 def test_a_job_is_done_when_its_record_says_so_whatever_ray_says(

@@ -22,7 +22,7 @@ from orchestrator.status import RunStatus
 from pipelines import dashboard
 from pipelines.cli import app
 from pipelines.dashboard import line, picture, watch
-from tests.test_cluster import SITE, FakeRay, make_spec
+from tests.fake_ray import SITE, FakeRay, make_spec
 from tests.test_config import changed
 from workers.config import RunConfig, make_config
 from workers.errors import ConfigError

@@ -29,11 +29,11 @@ from orchestrator.promotions import PromotionLog
 from orchestrator.queue_records import EntryReader, write_entry
 from orchestrator.site import Site
 from orchestrator.webhook import MAX_TEXT, describe
-from pipelines.cli import _Harmless, app
-from pipelines.terminal import _Console
+from pipelines.cli import app
+from pipelines.harmless import HarmlessConsole, HarmlessFormatter
 from tests.fake_mlflow import FakeMlflow
+from tests.fake_ray import FakeRay, make_spec
 from tests.s3_server import ENVIRONMENT, s3_server
-from tests.test_cluster import FakeRay, cluster, fake, make_spec  # noqa: F401
 from tests.test_config import VALUES
 from tests.test_queue import make_entry
 from tests.test_registry import registered
@@ -78,19 +78,19 @@ def test_names_are_refused_and_values_are_values(text: str) -> None:
 @settings(max_examples=25)
 def test_what_is_printed_is_text(texts: list[str]) -> None:
     terminal = io.StringIO()
-    console = _Console(file=terminal, highlight=False, soft_wrap=True, width=140)
+    console = HarmlessConsole(file=terminal, highlight=False, soft_wrap=True, width=140)
     table = Table("name", box=None)
     for text in texts:
         console.print(text, markup=False)
         table.add_row(text.replace("[", "("))
     console.print(table)
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s is left out", (texts[0],), None)
-    assert not obeyed(terminal.getvalue() + _Harmless("%(message)s").format(record))
+    assert not obeyed(terminal.getvalue() + HarmlessFormatter("%(message)s").format(record))
 
 
 def test_colours_of_ours_are_printed_all_the_same() -> None:
     terminal = io.StringIO()
-    console = _Console(file=terminal, force_terminal=True, color_system="standard", highlight=False)
+    console = HarmlessConsole(file=terminal, force_terminal=True, color_system="standard", highlight=False)
     console.print("[bold]ours[/]")
     console.print(ESCAPES, markup=False)
     text = terminal.getvalue()
@@ -113,8 +113,8 @@ def shown(*words: str) -> str:
 
 
 def test_status_logs_and_queue_show_what_others_wrote_as_text(
-    cluster: Cluster,  # noqa: F811
-    fake: FakeRay,  # noqa: F811
+    cluster: Cluster,
+    fake: FakeRay,
     store_url: str,
     site: Path,
 ) -> None:
@@ -144,8 +144,8 @@ def test_models_of_any_name_are_listed(
 
 
 def test_a_thousand_submits_of_one_specification_are_one_job(
-    cluster: Cluster,  # noqa: F811
-    fake: FakeRay,  # noqa: F811
+    cluster: Cluster,
+    fake: FakeRay,
     store_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

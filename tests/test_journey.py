@@ -54,11 +54,11 @@ def heads(directory: Path) -> dict[str, tuple[int, int]]:
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A quickstart that was interrupted three times at random and then run to its end.
 
-    Its shell holds secrets of other things; what its processes were called is in `ps.txt`.
+    Its shell holds secrets of other things; what processes were called during its last part is in `ps.txt`.
     """
     directory = tmp_path_factory.mktemp("journey")
     command = [*VITSCALE, "quickstart", "--dir", str(directory), *EFFORT]
-    shell, ps = os.environ | canary.ENVIRONMENT, directory / "ps.txt"
+    shell = os.environ | canary.ENVIRONMENT
     seed = random.randrange(1000)
     rng = random.Random(seed)
     again = f"a finished run was trained again (interruption seed {seed})"
@@ -71,13 +71,13 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             try:
                 process.wait(rng.uniform(8, 40))
             except subprocess.TimeoutExpired:
-                ps.write_text((ps.read_text() if ps.exists() else "") + canary.command_lines())
                 process.send_signal(blow)
                 process.wait(120)
             now = heads(directory)
             assert finished.items() <= now.items(), again
             finished = now
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=shell)
+        with canary.watched_command_lines(directory / "ps.txt"):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=shell)
         assert done.returncode == 0, done.stdout + done.stderr
         assert finished.items() <= heads(directory).items(), again
         (directory / "output.txt").write_text(done.stdout)

@@ -24,7 +24,7 @@ from orchestrator.log_follower import LogFollower
 from orchestrator.retention import Retention
 from orchestrator.site import Site
 from pipelines.cli import app
-from tests.test_cluster import CONFIG, SITE, FakeRay, make_spec
+from tests.fake_ray import CONFIG, SITE, FakeRay, make_spec
 from workers.errors import ConfigError, DataError
 from workers.files import FileStore
 from workers.storage import Store, Unavailable, open_store

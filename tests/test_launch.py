@@ -21,8 +21,8 @@ from pipelines.pipeline.file import read_pipeline
 from pipelines.pretrain import make_spec, submit
 from pipelines.watch import FineTune, RunPipeline, Watch
 from tests.fake_mlflow import FakeMlflow
+from tests.fake_ray import SITE, FakeRay
 from tests.runs import tiny_config
-from tests.test_cluster import SITE, FakeRay
 from tests.test_config import VALUES, changed
 from tests.test_registry import finish
 from workers.config import make_config

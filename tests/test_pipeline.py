@@ -25,7 +25,7 @@ from pipelines.pipeline.show import shown, table
 from pipelines.pipeline.tell import describe
 from pipelines.terminal import clock
 from tests.fake_mlflow import FakeMlflow
-from tests.test_cluster import SITE
+from tests.fake_ray import SITE
 from tests.test_pipeline_file import DIGITS
 from tests.test_registry import finish
 from workers.config import RunConfig

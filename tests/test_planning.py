@@ -5,7 +5,6 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ from workers.config import RunConfig
 from workers.data.decode_rate import DecodeRate
 from workers.data.index import DatasetIndex
 from workers.data.reads import epoch_reads
-from workers.data.samples import SampleReader, StageTimes
+from workers.data.samples import StageTimes
 from workers.data.shares import Share, ShareSettings
 from workers.data.stream import TrainStream
 from workers.errors import ConfigError, VitscaleError
@@ -46,20 +45,12 @@ def plan_of(config: RunConfig, machine: Machine, workers: int = 1, past: list[Pa
 
 
 def test_reads_of_an_epoch_are_those_that_a_stream_makes(
-    digits_url: str, monkeypatch: pytest.MonkeyPatch
+    digits_url: str, monkeypatch: pytest.MonkeyPatch, requests_for_samples: list[list[int]]
 ) -> None:
     # One batch is an epoch.
     config = tiny_config(digits_url, "data.chunk_samples=8", "data.lanes=3", "train.global_batch_size=309")
     index = DatasetIndex.open(config.data.url)
     planned = epoch_reads(config, index, 2)
-    asked: list[int] = []
-    read_run = SampleReader._read_run
-
-    def counted(self: SampleReader, number: int, ordinals: Any, rows: Any) -> Any:
-        asked.append(len(ordinals))
-        return read_run(self, number, ordinals, rows)
-
-    monkeypatch.setattr(SampleReader, "_read_run", counted)
     monkeypatch.setattr("workers.data.lookahead.Lookahead._may_begin", lambda *_: False)
     sources = make_sources(config, [index], torch.device("cpu"))
     settings = ShareSettings(
@@ -75,24 +66,16 @@ def test_reads_of_an_epoch_are_those_that_a_stream_makes(
         share = Share(sources, [sources[0].order.slots(rank, 2)], settings, StageTimes())
         share.rows(0)
         share.close()
-    assert sum(asked) == index.num_samples == 309
+    assert sum(map(len, requests_for_samples)) == index.num_samples == 309
     # Samples of a shard are taken as of one size, so what is near enough for one request differs a little.
-    assert planned.gets == pytest.approx(len(asked), rel=0.15)
+    assert planned.gets == pytest.approx(len(requests_for_samples), rel=0.15)
 
 
 def test_a_small_data_set_is_read_until_each_worker_holds_it(
-    digits_url: str, monkeypatch: pytest.MonkeyPatch
+    digits_url: str, monkeypatch: pytest.MonkeyPatch, requests_for_samples: list[list[int]]
 ) -> None:
     config = tiny_config(digits_url, "data.lanes=3", "train.global_batch_size=309")
-    index, asked, epochs = DatasetIndex.open(config.data.url), 0, 3
-    read_run = SampleReader._read_run
-
-    def counted(self: SampleReader, number: int, ordinals: Any, rows: Any) -> Any:
-        nonlocal asked
-        asked += len(ordinals)
-        return read_run(self, number, ordinals, rows)
-
-    monkeypatch.setattr(SampleReader, "_read_run", counted)
+    index, epochs = DatasetIndex.open(config.data.url), 3
     monkeypatch.setattr("workers.data.lookahead.Lookahead._may_begin", lambda *_: False)
     sources = make_sources(config, [index], torch.device("cpu"))
     for rank in range(3):
@@ -105,6 +88,7 @@ def test_a_small_data_set_is_read_until_each_worker_holds_it(
         stream.close()
     planned = epoch_reads(config, index, 3)
     assert planned.held_by == 3 and planned.passes(0.5) == 0.5
+    asked = sum(map(len, requests_for_samples))
     assert asked == pytest.approx(planned.passes(epochs) * index.num_samples, rel=0.1)
 
 

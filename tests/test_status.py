@@ -11,7 +11,7 @@ from orchestrator import status as status_module
 from orchestrator.job import run_url
 from orchestrator.job_records import wish, write_done, write_failure, write_note
 from orchestrator.status import run_status
-from tests.test_cluster import CONFIG, SITE, make_spec
+from tests.fake_ray import CONFIG, SITE, make_spec
 from workers.errors import ConfigError, DataError
 from workers.storage import Store, open_store
 from workers.training.commits import CommitLog

@@ -14,8 +14,8 @@ from orchestrator.cluster import Cluster
 from orchestrator.job import JobSpec, read_spec, write_spec
 from orchestrator.site import Site
 from orchestrator.wheel import site_wheel
+from tests.fake_ray import CONFIG, SITE, FakeRay, make_spec
 from tests.test_boundaries import NAMES, ROOT
-from tests.test_cluster import CONFIG, SITE, FakeRay, cluster, fake, make_spec  # noqa: F401
 from tests.test_config import VALUES
 from tests.test_site import MINIMAL, write
 from workers.config import make_config
@@ -62,8 +62,8 @@ def test_a_specification_that_names_code_starts_nothing(field: str, store_url: s
 
 
 def test_a_job_s_environment_is_variables_alone(
-    cluster: Cluster,  # noqa: F811
-    fake: FakeRay,  # noqa: F811
+    cluster: Cluster,
+    fake: FakeRay,
     store_url: str,
 ) -> None:
     cluster.start(make_spec(store_url, CONFIG))

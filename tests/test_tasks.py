@@ -22,7 +22,8 @@ from orchestrator.job_records import read_failure, write_failure
 from orchestrator.site import Site
 from orchestrator.tasks import TaskSpec, main, map_on_cluster
 from pipelines.ingest import ingest
-from tests.test_cluster import SITE, VITSCALE, FakeRay
+from tests.fake_ray import SITE, FakeRay
+from tests.test_cluster import VITSCALE
 from tests.test_ingest_options import encoded, smooth
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import open_store

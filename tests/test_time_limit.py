@@ -22,7 +22,7 @@ from orchestrator.job_records import (
 from orchestrator.status import run_status
 from orchestrator.supervisor import Stopped, Supervisor
 from orchestrator.time_limit import max_hours, watch_time, write_off
-from tests.test_cluster import SITE, FakeRay, complete, fake, make_spec  # noqa: F401
+from tests.fake_ray import SITE, FakeRay, complete, make_spec
 from tests.test_config import VALUES, changed
 from workers.config import make_config
 from workers.storage import Store, open_store
@@ -119,7 +119,7 @@ def test_a_supervisor_ends_what_has_no_driver_and_the_same_command_goes_on(
     clock: Clock,
     store: Store,
     spec: JobSpec,
-    fake: FakeRay,  # noqa: F811
+    fake: FakeRay,
 ) -> None:
     site = SITE.model_copy(update={"runs": store.url})
 

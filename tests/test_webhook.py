@@ -20,7 +20,7 @@ from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor, settle, supervise
 from orchestrator.webhook import read_address, webhook_of
 from pipelines import pretrain
-from tests.test_cluster import CONFIG, SITE, FakeRay, end, make_spec
+from tests.fake_ray import CONFIG, SITE, FakeRay, end, make_spec
 from tests.tls_proxy import tls_proxy
 from workers.errors import ConfigError, DataError
 from workers.storage import open_store

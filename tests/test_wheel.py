@@ -15,7 +15,7 @@ from orchestrator.job import read_spec, write_spec
 from orchestrator.site import Site
 from orchestrator.wheel import Wheel, keep_wheel, site_wheel
 from pipelines.pretrain import make_spec, submit
-from tests.test_cluster import CONFIG, SITE, FakeRay
+from tests.fake_ray import CONFIG, SITE, FakeRay
 from tests.wheels import ROOT, make_wheel
 from workers.code_digests import IMAGE_VARIABLE, WHEEL_VARIABLE, code_digests
 from workers.errors import ConfigError

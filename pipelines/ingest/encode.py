@@ -70,8 +70,8 @@ class Encoding:
         image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
         shorter = min(image.size)
         if self.resize is not None and shorter > self.resize:
-            sides = (max(1, round(side * self.resize / shorter)) for side in image.size)
-            image = image.resize(tuple(sides), Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+            wide, high = (max(1, round(side * self.resize / shorter)) for side in image.size)
+            image = image.resize((wide, high), Image.Resampling.BICUBIC)
         name, new = CODECS[self.codec or CODEC_OF[extension]]
         buffer = io.BytesIO()
         options = {"compress_level": 6} if name == "PNG" else {"quality": self.quality}

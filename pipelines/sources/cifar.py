@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 as their authors distribute them: Python batches or binary, packed or a folder."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ def _parts(files: Sequence[File]) -> Iterator[Part]:
         packed = f" packed {file.size}" if is_packed(file) else ""
         for member in members(file):
             if member.is_file:
-                data = member.data
-                yield Part(member.name, file.object, file.etag, member.data_offset, packed, lambda d=data: d)  # type: ignore[misc]
+                read = functools.partial(bytes, member.data)
+                yield Part(member.name, file.object, file.etag, member.data_offset, packed, read)
 
 
 def _plain_part(file: File) -> Part:
