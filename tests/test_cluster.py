@@ -365,23 +365,29 @@ def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, trai
 def test_a_run_makes_way_for_one_of_higher_priority_and_goes_on(
     services: Site, train: list[str], tmp_path: Path
 ) -> None:
-    """Four CPUs hold one of the two. The first trains for as long as the other takes to come."""
+    """Four CPUs hold one of the two. The first stands still until it is told, whenever the other comes."""
     one = ["compute.workers=1", "compute.cpus_per_worker=3", "compute.drill.record_batches=true"]
-    low, high = ["train.images=12000", "seed=79"], ["train.images=1000", "seed=80", "compute.priority=1"]
+    low, high = ["train.images=6000", "seed=79"], ["train.images=1000", "seed=80", "compute.priority=1"]
+    low = [*low, "compute.hang_seconds=0"]
     low, high = ([*train, *(f"--set={of}" for of in (*one, *sets)), "--json"] for sets in (low, high))
-    process = subprocess.Popen(low, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    queue = EntryReader(open_store(services.runs))
-    while not (placed := [seen.entry for seen in queue.read().values() if seen.entry.workers]):
-        assert process.poll() is None
-        time.sleep(0.2)
-    (name,) = placed[0].runs
-    run = open_store(f"{services.runs}/runs/{name}")
-    done = subprocess.run(high, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    left = CommitLog(run).head()
-    assert left is None or not left.complete
-    assert read_stop(run, 0) == "makes way in queue default: 1 run of higher or equal priority is ahead"
-    output, error = process.communicate(timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    queue, directory = EntryReader(open_store(services.runs)), Path(services.runs.removeprefix("file://"))
+    with subprocess.Popen(low, **pipes) as process:
+        name = wait_for_commit(services).name
+        run = open_store(f"{services.runs}/runs/{name}")
+        (worker,) = ray_processes(directory.parent, "RayTrainWorker")
+        worker.suspend()
+        with subprocess.Popen(high, **pipes) as other:
+            while (reason := read_stop(run, 0)) is None:
+                assert process.poll() is None and other.poll() is None
+                time.sleep(0.2)
+            worker.resume()
+            _, error = other.communicate(timeout=300)
+        assert other.returncode == 0, error
+        left = CommitLog(run).head()
+        assert left is not None and not left.complete
+        assert reason == "makes way in queue default: 1 run of higher or equal priority is ahead"
+        output, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert json.loads(output)["run"] == name
     assert queue.read() == {}
