@@ -1,6 +1,7 @@
 """R11: hangs are found, told with the stacks of all ranks, and ended; what is only slow is left alone."""
 
 import functools
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,14 @@ from tests.test_watchdog import (
 from workers.config import RunConfig
 from workers.storage import open_store
 from workers.training import loop
+from workers.training.commits import CommitLog
 from workers.training.hangs import hang_keys
 
 HANG_SECONDS, SHORT_HANG_SECONDS = 25, 4
 FOUND_SECONDS = 30.0
+SLOW_STEPS = 130
+PATIENCE = 1800.0
+"""Seconds for a slow run of ten minutes."""
 KINDS: dict[str, tuple[Callable[[], None] | None, str]] = {
     "a stopped process": (stop, "step"),
     "a held interpreter": (hold_the_interpreter, "step"),
@@ -90,4 +95,27 @@ def train_slowly(config: RunConfig, url: str, most: float, seed: int) -> None:
     loop.train(config, url, CPU)
 
 
-ROWS = [Row("R11", "hangs are found in 30 s, with all stacks; a slow run is left alone", hangs, short=3)]
+def slow_runs(lab: Lab) -> Iterator[str]:
+    """Each some ten minutes without a fault, at the watchdog's own settings: no step is taken for a hang."""
+    config = tiny_config(lab.data, f"train.checkpoint_every_images={10 * BATCH}", steps=SLOW_STEPS)
+    while True:
+        url = lab.new_url("slow")
+        with Ranks(2, slow_down, config, url, lab.random.randrange(1 << 30)) as ranks:
+            ranks.results(PATIENCE)
+        alarms = hang_keys(open_store(url))
+        head = CommitLog(open_store(url)).head()
+        ended = head is not None and head.complete
+        yield "" if ended and not alarms else f"ended: {ended}, taken for hangs: {alarms}"
+
+
+def slow_down(config: RunConfig, url: str, seed: int) -> None:
+    """From one step to the next four times as slow, as beside a neighbour that takes the machine."""
+    chance = random.Random(seed)
+    before_steps(lambda step: time.sleep(chance.uniform(1, 2) * (1 if step < SLOW_STEPS // 3 else 4)))
+    loop.train(config, url, CPU)
+
+
+ROWS = [
+    Row("R11", "hangs are found in 30 s, with all stacks; a slow run is left alone", hangs, short=3),
+    Row("R11b", "runs that become four times as slow are left alone", slow_runs, short=0),
+]

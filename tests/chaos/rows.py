@@ -10,6 +10,6 @@ MODULES = (
     *("tracking", "writers"),
 )
 FOUND: list[Row] = [row for name in MODULES for row in import_module(f"tests.chaos.{name}").ROWS]
-IN_ORDER = sorted(FOUND, key=lambda row: int(row.name[1:]))
+IN_ORDER = sorted(FOUND, key=lambda row: (int(row.name[1:].rstrip("b")), row.name))
 ROWS = {row.name: row for row in IN_ORDER}
 SHORTENED = [row.name for row in IN_ORDER if row.short]
