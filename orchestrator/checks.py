@@ -11,8 +11,6 @@ from workers.errors import CheckpointError, ConfigError
 from workers.evaluation.discordant import discordant
 from workers.evaluation.margins import bootstrap_low, excess_p, share_high, share_low
 from workers.part import Part
-from workers.training.parent import position_drift
-from workers.training.restore import restore_test
 
 SHARES = ("val_accuracy", "val_top5")
 """Metrics that are shares of images, whose intervals are exact."""
@@ -340,6 +338,9 @@ class Resample(Part):
     def judge(self, case: Case) -> list[Row]:
         asked = f"norm ± {self.norm:.0%}, neighbours ± {self.neighbours:g}"
         try:
+            # On use, as below: torch takes two seconds, and no other check needs it.
+            from workers.training.parent import position_drift
+
             drift = position_drift(case.challenger.url, case.challenger.digest)
         except CheckpointError as error:
             return [Row("resample", asked, False, str(error))]
@@ -359,6 +360,8 @@ class Restore(Part):
     check: Literal["restore"] = "restore"
 
     def judge(self, case: Case) -> list[Row]:
+        from workers.training.restore import restore_test
+
         try:
             said = restore_test(case.challenger.url, case.challenger.digest)
         except CheckpointError as error:

@@ -9,7 +9,7 @@ from workers.data.splits import open_splits
 from workers.errors import CheckpointError, ConfigError
 from workers.evaluation.predictions import Predictions
 from workers.models.sizes import size_text
-from workers.training.checkpoint import Manifest, open_manifest
+from workers.training.manifest import Manifest, open_manifest
 
 
 @dataclass(frozen=True)

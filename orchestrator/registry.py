@@ -27,9 +27,8 @@ from orchestrator.versions import Version, Versions, manifest_url
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError
 from workers.storage import AlreadyExists, join_url, open_store
-from workers.training.checkpoint import open_manifest
 from workers.training.commits import CommitLog
-from workers.training.restore import restore_test
+from workers.training.manifest import open_manifest
 
 log = logging.getLogger(__name__)
 
@@ -248,6 +247,9 @@ class Registry:
         if earlier is None or target == holder.version:
             held = _list(sorted({p.version for p in history if p.alias == alias} - {holder.version}))
             raise ConfigError(f"{model}@{alias} can go back to {held or 'none'}, not to {target}")
+        # On use: torch takes two seconds, and only this reads weights.
+        from workers.training.restore import restore_test
+
         _check_in_use(history, target)
         self._check_source(f"{model}/{target}", earlier.manifest)
         restore_test(earlier.manifest, earlier.digest)

@@ -24,8 +24,8 @@ from orchestrator.job import SPEC
 from orchestrator.kept_log import KeptLog, list_logs
 from workers.errors import CheckpointError
 from workers.storage import NotFound, ObjectInfo, Store, Upload, join_url, open_store
-from workers.training.checkpoint import MANIFEST, read_manifest
 from workers.training.commits import Commit, CommitLog
+from workers.training.manifest import MANIFEST, read_manifest
 
 KEY = re.compile(r"runs/([^/]+)/(checkpoints/\d+-(\d+))/[^/]+")
 """Run, directory and epoch of a checkpoint's object."""

@@ -14,7 +14,7 @@ from workers.code_digests import VARIABLES
 from workers.errors import CheckpointError, ConfigError
 from workers.models.sizes import parse_size, size_text
 from workers.storage import Unavailable
-from workers.training.checkpoint import Manifest
+from workers.training.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from workers.config import ForkConfig, RunConfig, make_config
 from workers.config_text import override
 from workers.errors import ConfigError
 from workers.storage import join_url, open_store
-from workers.training.checkpoint import open_manifest
 from workers.training.commits import Commit, CommitLog
+from workers.training.manifest import open_manifest
 
 
 def cooldown_config(

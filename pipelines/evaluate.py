@@ -23,7 +23,7 @@ from workers.evaluation.predictions import Predictions
 from workers.evaluation.table import to_parquet
 from workers.evaluation.throughput import Throughput
 from workers.storage import AlreadyExists, NotFound, open_store
-from workers.training.checkpoint import MANIFEST
+from workers.training.manifest import MANIFEST
 
 
 @dataclass(frozen=True)

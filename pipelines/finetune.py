@@ -17,7 +17,7 @@ from workers.config import InitConfig, RunConfig, make_config
 from workers.config_text import override
 from workers.errors import ConfigError
 from workers.models.sizes import size_text
-from workers.training.checkpoint import Manifest, open_manifest
+from workers.training.manifest import Manifest, open_manifest
 
 ImageSize = int | tuple[int, int]
 

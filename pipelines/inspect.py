@@ -19,9 +19,9 @@ from workers.model_config import ModelConfig
 from workers.models.vit import VisionTransformer
 from workers.probes import Probes, first_images, probe
 from workers.storage import Store, join_url
-from workers.training.checkpoint import Manifest, open_manifest
 from workers.training.commits import Commit, CommitLog
 from workers.training.evaluate import normalize
+from workers.training.manifest import Manifest, open_manifest
 from workers.training.restore import load_model
 
 __all__ = ["BLOCK_HEADER", "Inspection", "block_rows", "inspect"]

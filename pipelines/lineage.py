@@ -8,7 +8,7 @@ from orchestrator.promotions import Promotion, retired
 from orchestrator.registry import Registry
 from orchestrator.versions import Version
 from workers.errors import CheckpointError, DataError
-from workers.training.checkpoint import Manifest, open_manifest
+from workers.training.manifest import Manifest, open_manifest
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from orchestrator.gates import Gate
 from orchestrator.promotions import Promotion
 from orchestrator.registry import Judgement, open_registry
 from orchestrator.site import Site
-from pipelines.evaluate import evaluate_version
 from workers.errors import ConfigError
-from workers.training.checkpoint import open_manifest
+from workers.training.manifest import open_manifest
 
 
 def promote(site: Site, reference: str, alias: str, gate: Gate, *, force: str = "") -> Promotion:
@@ -30,6 +29,9 @@ def judge(site: Site, reference: str, alias: str, gate: Gate) -> Judgement:
 
 def evaluate_for(site: Site, reference: str, alias: str, gate: Gate, console: Console) -> None:
     """Measure what the gate asks for of the version, and of the one that holds the alias."""
+    # On use: torch takes two seconds, and most promotions measure nothing.
+    from pipelines.evaluate import evaluate_version
+
     registry = open_registry(site)
     version = registry.resolve(reference)
     holder = registry.log.holders(version.model).get(alias)

@@ -21,9 +21,10 @@ from pipelines.pretrain import EXPERIMENT, run_job
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError
 from workers.storage import open_store
-from workers.training.checkpoint import Manifest, load_full, read_manifest
+from workers.training.checkpoint import load_full
 from workers.training.commits import CommitLog
 from workers.training.drill import read_batches
+from workers.training.manifest import Manifest, read_manifest
 
 COMMITS = 4
 """Of each run; the last at its end."""

@@ -11,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from workers.config import RunConfig, make_config
 from workers.models import build_model
-from workers.training.checkpoint import AVERAGE, STATE, Training
+from workers.training.checkpoint import Training
 from workers.training.ema import Average
 from workers.training.feed import DeviceBatch
 from workers.training.freeze import freeze
+from workers.training.manifest import AVERAGE, STATE
 from workers.training.optim import make_optimizers
 from workers.training.parallel import parallelize
 from workers.training.rows import local

@@ -33,8 +33,8 @@ from tests.test_retention import Run, Stopped
 from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.storage import NotFound, S3Store, Store, join_url, open_store
-from workers.training.checkpoint import MANIFEST, open_manifest
 from workers.training.commits import Commit
+from workers.training.manifest import MANIFEST, open_manifest
 
 MODELS, ALIASES = ("toy", "other"), ("champion", "candidate")
 MEMORY = Path("/dev/shm")
@@ -102,8 +102,7 @@ class SiteMachine(RuleBasedStateMachine):
         self.evaluations: dict[str, str] = {}
         """Keys, and the manifests of what was measured."""
         self.patches = contextlib.ExitStack()
-        for module in ("registry", "checks"):
-            self.patches.enter_context(mock.patch(f"orchestrator.{module}.restore_test", verify))
+        self.patches.enter_context(mock.patch("workers.training.restore.restore_test", verify))
         for number in range(2):
             # There is something from the start: most sequences would not come so far.
             run = Trained(self.url, first_config(number))

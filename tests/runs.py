@@ -17,8 +17,8 @@ from workers.config import RunConfig, make_config
 from workers.config_text import override
 from workers.storage import Store, open_store
 from workers.training import loop
-from workers.training.checkpoint import AVERAGE, STATE, Manifest, object_name, read_manifest
 from workers.training.commits import CommitLog
+from workers.training.manifest import AVERAGE, STATE, Manifest, object_name, read_manifest
 from workers.training.metrics import EventReader
 
 BATCH = 48

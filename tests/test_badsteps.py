@@ -18,10 +18,10 @@ from workers.errors import ConfigError
 from workers.storage import open_store
 from workers.training import loop, step
 from workers.training.badsteps import longest_row
-from workers.training.checkpoint import read_manifest
 from workers.training.commits import CommitLog
 from workers.training.ema import Average
 from workers.training.feed import DeviceBatch
+from workers.training.manifest import read_manifest
 from workers.training.metrics import EventReader
 from workers.training.optim import make_optimizers
 from workers.training.spikes import LossHistory

@@ -30,19 +30,12 @@ from tests.runs import (
 from workers.errors import CheckpointError, DataError
 from workers.models import build_model
 from workers.storage import open_store
-from workers.training.checkpoint import (
-    MANIFEST,
-    Manifest,
-    Training,
-    load_full,
-    load_into,
-    open_manifest,
-    read_manifest,
-)
+from workers.training.checkpoint import Training, load_full, load_into
 from workers.training.commits import CommitLog
 from workers.training.committer import Committer
 from workers.training.ema import Average
 from workers.training.inputs import make_sources, open_data
+from workers.training.manifest import MANIFEST, Manifest, open_manifest, read_manifest
 from workers.training.optim import make_optimizers
 from workers.training.parallel import parallelize
 from workers.training.restore import load_model, restore_test

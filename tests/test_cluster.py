@@ -39,11 +39,11 @@ from workers.config import make_config
 from workers.errors import ConfigError, DataError, VitscaleError
 from workers.storage import Unavailable, open_store
 from workers.training import loop
-from workers.training.checkpoint import open_manifest
 from workers.training.commits import CommitLog
 from workers.training.control import read_stop
 from workers.training.drill import read_batches
 from workers.training.gauges import GAUGES
+from workers.training.manifest import open_manifest
 
 
 def test_the_same_command_joins_its_job_and_starts_a_new_one_when_that_has_ended(

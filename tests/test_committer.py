@@ -16,15 +16,15 @@ import torch
 
 from tests.distributed import Ranks, on_ranks, recorded_logs
 from tests.fault_proxy import FaultProxy
-from tests.runs import BATCH, CPU, die, outcome, replay, tiny_config, train_on, train_rank
+from tests.runs import BATCH, CPU, HookedStore, die, outcome, replay, tiny_config, train_on, train_rank
 from tests.s3_server import ENVIRONMENT, s3_server
 from workers.errors import DataError
 from workers.storage import Unavailable, ensure_bucket, open_store, s3_client
+from workers.training import commits, loop, metrics
 from workers.training import committer as committer_module
-from workers.training import loop, metrics
-from workers.training.checkpoint import Manifest
-from workers.training.commits import CommitLog
+from workers.training.commits import CommitLog, Lease, Window
 from workers.training.committer import UNDER_WAY, Committer
+from workers.training.manifest import Manifest
 from workers.training.shard_place import ShardPlace
 from workers.training.snapshot import Snapshot
 from workers.training.spool import PREFIX, Spool
@@ -72,8 +72,9 @@ def test_an_outage_of_the_store_while_committing_loses_nothing(config, undisturb
 class LossyStore:
     """Of each object the first request is lost, the second one's reply, and the third comes through."""
 
-    def __init__(self, store):
+    def __init__(self, store, *, spared="nothing"):
         self._store = store
+        self._spared = spared
         self._attempts = Counter()
 
     def create(self, key, data):
@@ -83,7 +84,7 @@ class LossyStore:
         self._lose(key, lambda: self._store.upload(key, path))
 
     def _lose(self, key, request):
-        if key.startswith("leases/"):
+        if key.startswith(self._spared):
             return request()
         self._attempts[key] += 1
         if self._attempts[key] > 1:
@@ -95,9 +96,37 @@ class LossyStore:
         return getattr(self._store, name)
 
 
+def test_a_lease_waits_for_a_store_that_is_away(store_url, monkeypatch):
+    monkeypatch.setattr(commits, "SHORTEST_WAIT", 0.01)
+    store = LossyStore(open_store(store_url), spared="leases/000001")
+    assert (
+        CommitLog(store).take_lease().epoch == 1
+    )  # whose the first is cannot be told: all leases look alike
+    assert CommitLog(open_store(store_url)).newest_epoch() == 1
+
+
+def test_a_roll_back_whose_reply_is_lost_is_recognised(store_url, monkeypatch):
+    monkeypatch.setattr(commits, "SHORTEST_WAIT", 0.01)
+    lease = CommitLog(open_store(store_url)).take_lease()
+    after = CommitLog(LossyStore(open_store(store_url))).roll_back(lease, Window(3, 4), 0)
+    assert after == CommitLog(open_store(store_url)).newest_lease() == Lease(1, None, (Window(3, 4),))
+
+
+def test_a_lease_does_not_wait_for_ever(store_url, monkeypatch):
+    monkeypatch.setattr(commits, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(commits, "SHORTEST_WAIT", 0.06)
+    store = HookedStore(open_store(store_url), away)
+    with pytest.raises(Unavailable, match="away"):
+        CommitLog(store).take_lease()
+
+
+def away(key):
+    raise Unavailable(f"{key}: the store is away")
+
+
 def train_with_losses(config, url):
     committer_module.SHORTEST_WAIT = metrics.FLUSH_SECONDS = 0.01
-    loop.open_store = lambda url: LossyStore(open_store(url))
+    loop.open_store = lambda url: LossyStore(open_store(url), spared="leases/")
     loop.train(config, url, CPU)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from workers.evaluation.calibration import Calibration
 from workers.evaluation.intervals import share_interval
-from workers.evaluation.predictions import collect, judge
+from workers.evaluation.judging import collect, judge
 from workers.evaluation.result import Evaluation
 
 

@@ -27,7 +27,8 @@ from workers.models.positions import resample_position_embedding
 from workers.models.sizes import parse_size, patch_grid, size_text
 from workers.models.weights import adapt_state_dict
 from workers.storage import open_store
-from workers.training.checkpoint import load_full, open_manifest
+from workers.training.checkpoint import load_full
+from workers.training.manifest import open_manifest
 from workers.training.metrics import EventReader
 from workers.training.restore import restore_test
 

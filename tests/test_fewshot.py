@@ -7,8 +7,9 @@ from workers.data.index import DatasetIndex
 from workers.data.quarantine import Ledger
 from workers.data.stream import validation_batches
 from workers.evaluation.features import extract_features, some_of_each_class
-from workers.evaluation.fewshot import BIAS, EPSILON, L2, L2S, draw, few_shot, ridge
-from workers.evaluation.throughput import throughput
+from workers.evaluation.fewshot import L2, L2S, draw
+from workers.evaluation.ridge import BIAS, EPSILON, few_shot, ridge
+from workers.evaluation.speed import throughput
 from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.training.evaluate import normalize

@@ -26,7 +26,7 @@ from workers.evaluation.predictions import Predictions
 from workers.evaluation.result import Evaluation
 from workers.evaluation.throughput import Throughput
 from workers.storage import open_store
-from workers.training.checkpoint import open_manifest
+from workers.training.manifest import open_manifest
 from workers.training.probe_logits import record_logits
 
 GATES = Path(__file__).parent.parent / "infra" / "gates"

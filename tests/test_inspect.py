@@ -24,10 +24,10 @@ from workers.data.index import DatasetIndex
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.probes import Probes, first_images, measure_attention
 from workers.storage import join_url, open_store
-from workers.training import checkpoint, loop
-from workers.training.checkpoint import Manifest
+from workers.training import loop, manifest
 from workers.training.commits import CommitLog
 from workers.training.evaluate import normalize
+from workers.training.manifest import Manifest
 from workers.training.restore import load_model
 
 FIGURES = ("filters", "positions", "distance", "growth", "rollout", "history")
@@ -147,7 +147,7 @@ def test_what_is_no_checkpoint_is_told(manifests: list[str], tmp_path: Path) -> 
 def test_data_that_is_gone_is_told_with_what_to_do(
     manifests: list[str], digits_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
 ) -> None:
-    monkeypatch.setattr(checkpoint, "make_config", lambda values: moved(values, tmp_path))
+    monkeypatch.setattr(manifest, "make_config", lambda values: moved(values, tmp_path))
     with pytest.raises(DataError, match="--data URL"):
         inspect(None, manifests[0], num_images=4, out=tmp_path / "out")
     found = inspect(None, manifests[0], num_images=4, out=tmp_path / "out", data=digits_url)

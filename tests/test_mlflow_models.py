@@ -21,7 +21,7 @@ from tests.test_boundaries import NAMES, ROOT, calls, imports
 from tests.test_registry import finish, registered, run_config
 from workers.errors import CheckpointError
 from workers.storage import open_store
-from workers.training.checkpoint import MANIFEST, Manifest, read_manifest
+from workers.training.manifest import MANIFEST, Manifest, read_manifest
 
 COMMANDS = {
     "promote": "promote toy {version} --to champion",

@@ -21,8 +21,8 @@ from tests.postgres import postgres
 from tests.test_registry import finish, run_config
 from workers.errors import CheckpointError, DataError
 from workers.storage import open_store
-from workers.training.checkpoint import read_manifest
 from workers.training.commits import CommitLog
+from workers.training.manifest import read_manifest
 
 USER, PASSWORD = "admin", "a-password-of-this-test"
 GIGABYTE, MEGABYTE = 1 << 30, 1_000_000

@@ -22,8 +22,8 @@ from workers.config import RunConfig, make_config
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.models import build_model
 from workers.storage import Store, open_store
-from workers.training.checkpoint import Manifest, checkpoint_directory, object_name
 from workers.training.commits import CommitLog
+from workers.training.manifest import Manifest, checkpoint_directory, object_name
 
 METRICS = {"val_accuracy": 0.9, "val_loss": 0.3, "val_images": 395}
 

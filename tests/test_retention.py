@@ -21,8 +21,8 @@ from pipelines.cli import app
 from tests.fake_mlflow import FakeMlflow
 from workers.errors import CheckpointError
 from workers.storage import FileStore, join_url, open_store
-from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, read_manifest
 from workers.training.commits import Commit, CommitLog, Lease
+from workers.training.manifest import MANIFEST, Manifest, checkpoint_directory, read_manifest
 
 MODEL = "model-00000-of-00001.safetensors"
 

@@ -19,17 +19,20 @@ from workers.data.quarantine import BadSample, Ledger
 from workers.data.splits import open_splits
 from workers.errors import ConfigError, DataError
 from workers.evaluation.features import Chosen, extract_features, some_of_each_class
-from workers.evaluation.fewshot import FewShot, few_shot
-from workers.evaluation.predictions import Predictions, collect
+from workers.evaluation.fewshot import FewShot
+from workers.evaluation.judging import collect
+from workers.evaluation.predictions import Predictions
 from workers.evaluation.result import Evaluation
-from workers.evaluation.throughput import Throughput, throughput
+from workers.evaluation.ridge import few_shot
+from workers.evaluation.speed import throughput
+from workers.evaluation.throughput import Throughput
 from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.models.sizes import size_text
 from workers.models.vit import VisionTransformer
 from workers.models.weights import adapt_state_dict
-from workers.training.checkpoint import Manifest, open_manifest
 from workers.training.evaluate import judge_part
+from workers.training.manifest import Manifest, open_manifest
 from workers.training.restore import load_model
 
 MAX_BAD_FRACTION = 0.001

@@ -16,7 +16,7 @@ from workers.config import RunConfig
 from workers.model_config import ModelConfig
 from workers.models.resnet_sizes import BiTSize, resnet_size
 from workers.storage import open_store
-from workers.training.checkpoint import read_manifest
+from workers.training.manifest import read_manifest
 from workers.training.metrics import EventReader
 
 SCHEMA = pa.schema(

@@ -26,8 +26,8 @@ from workers.config import ForkConfig, RunConfig
 from workers.data.index import DatasetIndex
 from workers.errors import CheckpointError, VitscaleError
 from workers.storage import join_url, open_store
-from workers.training.checkpoint import read_manifest
 from workers.training.commits import CommitLog
+from workers.training.manifest import read_manifest
 
 
 @dataclass(frozen=True)

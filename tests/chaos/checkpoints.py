@@ -36,8 +36,8 @@ from tests.test_checkpoint import (
 )
 from workers.config import RunConfig
 from workers.storage import open_store
-from workers.training.checkpoint import Manifest
 from workers.training.commits import CommitLog
+from workers.training.manifest import Manifest
 
 OLDER = Path(__file__).parent / "format-2"
 """A run of a model with odd shapes, as version 0.1.0 left it before commits were asynchronous."""

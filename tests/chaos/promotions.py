@@ -21,7 +21,7 @@ from tests.chaos.promoters import Trial, heard
 from tests.chaos.row import Lab, Row
 from tests.chaos.tracking import Mlflow
 from tests.test_registry import finish, run_config
-from workers.training.checkpoint import object_name
+from workers.training.manifest import object_name
 from workers.training.restore import restore_test
 
 CLIENTS, OPERATIONS, SHORT_OPERATIONS = 8, 100, 30

@@ -7,13 +7,29 @@ what keeps a writer that was thought dead from being heard. The store must creat
 """
 
 import json
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypeVar
 
+from workers import outage
 from workers.errors import CheckpointError
-from workers.storage import RECORD_BYTES, AlreadyExists, NotFound, Store, join_url
+from workers.storage import (
+    PATIENCE_SECONDS,
+    RECORD_BYTES,
+    AlreadyExists,
+    NotFound,
+    Store,
+    Unavailable,
+    join_url,
+)
 from workers.training.metrics import lease_key
+
+log = logging.getLogger(__name__)
+
+SHORTEST_WAIT, LONGEST_WAIT = 0.25, 10.0
+"""Seconds before a lease that did not get to the store is written again."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,10 @@ class CommitLog:
         try:
             self._create_lease(after)
         except AlreadyExists:
-            self.check_lease(lease)
-            raise
+            # Ours if an earlier attempt wrote it and did not hear so: nobody else skips that window.
+            if self._lease(after.epoch) != after:
+                self.check_lease(lease)
+                raise
         return after
 
     def append(
@@ -143,7 +161,19 @@ class CommitLog:
         return None
 
     def _create_lease(self, lease: Lease) -> None:
-        self.store.create(lease_key(lease.epoch), json.dumps(asdict(lease)).encode())
+        """As reads do, it waits for a store that is away. AlreadyExists also if an attempt of this very call
+        wrote it, whose reply was lost."""
+        deadline, wait = time.monotonic() + PATIENCE_SECONDS, SHORTEST_WAIT
+        while True:
+            try:
+                return self.store.create(lease_key(lease.epoch), json.dumps(asdict(lease)).encode())
+            except Unavailable as error:
+                if time.monotonic() + wait > deadline:
+                    raise
+                log.warning("a lease waits for the store: %s", error)
+            outage.note()
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
 
     def check_lease(self, lease: Lease) -> None:
         """CheckpointError if a newer lease exists."""

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from workers import outage
 from workers.errors import CheckpointError
 from workers.storage import NotFound, Store, Unavailable, create_again
-from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, object_name
 from workers.training.commits import Commit, CommitLog, Lease
+from workers.training.manifest import MANIFEST, Manifest, checkpoint_directory, object_name
 from workers.training.metrics import EventWriter
 from workers.training.shard_place import ShardPlace
 from workers.training.snapshot import Snapshot

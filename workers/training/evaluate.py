@@ -11,7 +11,7 @@ from workers.data.index import DatasetIndex
 from workers.data.quarantine import Ledger
 from workers.data.samples import Cache
 from workers.data.stream import validation_batches
-from workers.evaluation.predictions import collect, judge
+from workers.evaluation.judging import collect, judge
 from workers.evaluation.result import Evaluation
 from workers.model_config import ModelConfig
 from workers.training.proofs import merge_ledgers

@@ -13,8 +13,8 @@ from workers.code_digests import code_digests
 from workers.model_config import ModelConfig
 from workers.models import build_model
 from workers.storage import Store
-from workers.training.checkpoint import MANIFEST, Manifest, checkpoint_directory, object_name
 from workers.training.commits import Commit, CommitLog
+from workers.training.manifest import MANIFEST, Manifest, checkpoint_directory, object_name
 from workers.training.probe_logits import record_logits
 
 

@@ -16,9 +16,10 @@ from workers.models.sizes import patch_grid
 from workers.models.vit import VisionTransformer
 from workers.models.weights import adapt_state_dict
 from workers.probes import first_images
-from workers.training.checkpoint import load_full, open_manifest
+from workers.training.checkpoint import load_full
 from workers.training.collectives import first_text
 from workers.training.evaluate import normalize
+from workers.training.manifest import open_manifest
 from workers.training.restore import load_model
 
 REPORTED_IMAGES = 32

@@ -1,13 +1,16 @@
 """A trace of some steps, on request: open it in https://ui.perfetto.dev or chrome://tracing."""
 
 import gzip
+import logging
 import tempfile
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity
 
-from workers.storage import Store
+from workers.storage import Store, Unavailable
+
+log = logging.getLogger(__name__)
 
 SKIPPED = 10
 """Steps after a start that say little: compilation, caches, the first reads."""
@@ -49,4 +52,7 @@ class Profile:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
             data = gzip.compress(path.read_bytes(), compresslevel=3)
-        self._store.create(f"traces/{self._epoch:06d}-{self._images_seen:012d}.json.gz", data)
+        try:
+            self._store.create(f"traces/{self._epoch:06d}-{self._images_seen:012d}.json.gz", data)
+        except Unavailable as error:
+            log.warning("a trace of the steps is lost, the run goes on: %s", error)

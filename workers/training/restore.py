@@ -5,7 +5,8 @@ from torch import nn
 
 from workers.errors import CheckpointError
 from workers.models import build_model
-from workers.training.checkpoint import Manifest, check_shapes, load_full, open_manifest
+from workers.training.checkpoint import load_full
+from workers.training.manifest import Manifest, check_shapes, open_manifest
 from workers.training.probe_logits import check_logits, probe
 
 

@@ -14,11 +14,11 @@ from workers.data.mixture import Source
 from workers.data.quarantine import from_json, to_json
 from workers.errors import CheckpointError, DataError
 from workers.storage import Store
-from workers.training import checkpoint
-from workers.training.checkpoint import Training
+from workers.training.checkpoint import Training, load_into
 from workers.training.collectives import broadcast_integers, first_text, sum_integers
 from workers.training.commits import CommitLog, Lease, Window
 from workers.training.committer import Committer
+from workers.training.manifest import Manifest, open_manifest, read_manifest
 from workers.training.metrics import EventWriter
 from workers.training.proofs import load_tallies, merge_ledgers, save_tallies
 from workers.training.shard_place import ShardPlace
@@ -63,9 +63,9 @@ class TrainState:
         for commit in CommitLog(self.store).lineage_from(self.lease.continues):
             problem = ""
             try:
-                manifest = checkpoint.read_manifest(self.store, commit.manifest, commit.digest)
+                manifest = read_manifest(self.store, commit.manifest, commit.digest)
                 self._check_sources(manifest)
-                checkpoint.load_into(self.store, manifest, self.training, self.place)
+                load_into(self.store, manifest, self.training, self.place)
             except CheckpointError as error:
                 problem = str(error)
             problem = first_text(problem, self.device)
@@ -88,12 +88,12 @@ class TrainState:
         """Start where a checkpoint of another run was; all ranks call it."""
         problem = ""
         try:
-            store, manifest = checkpoint.open_manifest(origin.manifest, origin.digest)
+            store, manifest = open_manifest(origin.manifest, origin.digest)
             self._check_sources(manifest)
             theirs, ours = manifest.config["optim"]["optimizer"], self.config.optim.optimizer
             if theirs != ours:
                 raise CheckpointError(f"its moments are of {theirs}, not {ours}; keep optim.optimizer")
-            checkpoint.load_into(store, manifest, self.training, self.place)
+            load_into(store, manifest, self.training, self.place)
         except (CheckpointError, DataError) as error:
             problem = f"fork of {origin.parent}: {error}"
         if problem := first_text(problem, self.device):
@@ -102,7 +102,7 @@ class TrainState:
         self.parent_digest = origin.digest
         log.info("%s is forked from %s at image %d", self.config.run, origin.parent, self.images_seen)
 
-    def _check_sources(self, manifest: checkpoint.Manifest) -> None:
+    def _check_sources(self, manifest: Manifest) -> None:
         """DataError if the data, its order or the batches were others."""
         if len(manifest.sources) != len(self.sources):
             raise DataError(
@@ -111,7 +111,7 @@ class TrainState:
         for source, saved in zip(self.sources, manifest.sources, strict=True):
             source.check(saved)
 
-    def _go_on(self, manifest: checkpoint.Manifest) -> None:
+    def _go_on(self, manifest: Manifest) -> None:
         self.step = manifest.step
         load_tallies(self.sources, self.step, manifest.tallies, dist.get_rank())
         for source, bad in zip(self.sources, manifest.bad_samples, strict=True):
@@ -130,7 +130,7 @@ class TrainState:
         committer.wait_for_room()
         merge_ledgers([source.ledger for source in self.sources], self.device)
         snapshot = Snapshot.take(self.training, self.place)
-        manifest = checkpoint.Manifest(
+        manifest = Manifest(
             run=self.config.run,
             images_seen=self.images_seen,
             step=self.step,
