@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-submit bench-plan bench-quality bench-laws docs lock down clean
+.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-submit bench-promote bench-plan bench-quality bench-laws docs lock down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,9 @@ bench-recovery: $(READY)  ## how long after a worker's death a run goes on, besi
 
 bench-submit: $(READY)  ## seconds from `vitscale submit` to the first step, beside an empty job of Ray Train
 	$(BIN)/python -m tests.benchmarks.submit $(ARGS)
+
+bench-promote: $(READY)  ## seconds of `vitscale promote` besides its restore test
+	$(BIN)/python -m tests.benchmarks.promote $(ARGS)
 
 bench-plan: $(READY)  ## what plans foretell of memory and time, beside what runs took
 	$(BIN)/python -m tests.benchmarks.plan $(ARGS)

@@ -130,8 +130,13 @@ def _scaling_caption(analysis: Analysis) -> str:
     )
     if any(model.held for model in analysis.models):
         caption += "Hollow marks are forecasts of the largest set from the smaller ones alone. "
-    refused = [f"{escape(model.name)}: {escape(model.refused)}" for model in analysis.models if model.refused]
-    return caption + (f"No law: {'; '.join(refused)}." if refused else "")
+    refused: dict[str, list[str]] = {}
+    for model in analysis.models:
+        if model.refused:
+            refused.setdefault(model.refused, []).append(model.name)
+    return caption + " ".join(
+        f"No law for {escape(', '.join(names))}: {escape(why)}." for why, names in refused.items()
+    )
 
 
 LEARNING = (
