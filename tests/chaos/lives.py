@@ -20,7 +20,7 @@ from workers.config import RunConfig
 from workers.storage import open_store
 from workers.training.commits import CommitLog
 
-STEPS, SHORT_STEPS = 300, 60
+STEPS, SHORT_STEPS = 120, 60
 
 
 class Life:
