@@ -19,6 +19,7 @@ from workers.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from orchestrator.site import Site
     from pipelines.report.study_page import Facts
+    from pipelines.scaling.points import Point
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -51,9 +52,9 @@ def report(
     from pipelines.report.study_record import read_study_record
     from pipelines.scaling.analysis import analyse
 
-    name = _name(where, study, data)
+    name, points = _find(where, study, data)
     with bar(f"report {name}") as progress:
-        record = read_study_record(where.runs, name, learned=learned, progress=progress)
+        record = read_study_record(where.runs, name, points, learned=learned, progress=progress)
     analysis = analyse(record.points)
     folder = out or Path(name)
     tracking, ids = None, {}
@@ -75,26 +76,37 @@ def report(
     console.print(f"{folder / 'report.html'}", markup=False)
 
 
-def _name(site: "Site", study: str, data: str | None) -> str:
-    if Path(study).suffix in (".yaml", ".yml") or study == "small":
+def _find(site: "Site", study: str, data: str | None) -> tuple[str, "list[Point] | None"]:
+    """Its name in the store; and its points as they are now, if it is known which rungs it has."""
+    if _is_file(study):
         from pipelines.scaling.preview import preview
+        from pipelines.scaling.run import points_now
         from pipelines.scaling.study import read_study
 
         root = site.data_url(data) if data else None
-        return preview(read_study(study, root, (), site.data_url)).run
+        shown = preview(read_study(study, root, (), site.data_url))
+        return shown.run, points_now(site, shown)
+    from pipelines.report.study_record import find_study
+
     if not NAME.fullmatch(study):
         raise ConfigError(f"{study}: expected the YAML file of a study, or its name in the store")
-    return study
+    return find_study(site.runs, study), None
+
+
+def _is_file(study: str) -> bool:
+    """Or one of the studies that are built in."""
+    return Path(study).suffix in (".yaml", ".yml") or study == "small"
 
 
 def _facts(pages: Mapping[str, str], name: str, study: str, data: str | None) -> "Facts":
     from pipelines.report.study_page import Facts
 
-    words = ["vitscale", "scale", study, *(["--data", data] if data else [])]
+    words = [study, *(["--data", data] if data else [])]
+    commands = ["scale", "report"] if _is_file(study) else ["report"]
     return Facts(
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
-        command=f"{shlex.join(words)}\n{shlex.join(['vitscale', 'report', *words[2:]])}",
+        command="\n".join(shlex.join(["vitscale", command, *words]) for command in commands),
         url=pages.get(name),
         pages=pages,
     )

@@ -80,11 +80,15 @@ def test_a_study_that_is_killed_goes_on_and_tells_what_failed(
     again = subprocess.run([*command, "--status"], capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["study"] == told["study"]
-    check_report(command, told["study"], tmp_path / "report")
+    by_name = ["report" if word == "scale" else "tiny" if word == str(file) else word for word in command]
+    check_report(by_name, told["study"], tmp_path / "by-name")
+    # As it is until `scale` ends.
+    open_store(services.runs).delete(f"studies/{told['study']}/points.parquet")
+    by_file = ["report" if word == "scale" else word for word in command]
+    check_report(by_file, told["study"], tmp_path / "by-file")
 
 
-def check_report(command: list[str], study: str, folder: Path) -> None:
-    words = ["report" if word == "scale" else word for word in command]
+def check_report(words: list[str], study: str, folder: Path) -> None:
     shown = subprocess.run([*words, "--out", str(folder)], capture_output=True, text=True, timeout=100)
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["study"] == study

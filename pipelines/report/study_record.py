@@ -16,7 +16,7 @@ from workers.data.index import DatasetIndex
 from workers.errors import ConfigError, DataError
 from workers.models.vit import VisionTransformer
 from workers.probes import Probes, first_images, probe
-from workers.storage import NotFound, join_url, open_store
+from workers.storage import NotFound, Store, join_url, open_store
 from workers.training.commits import CommitLog
 from workers.training.evaluate import normalize
 from workers.training.metrics import EventReader
@@ -40,25 +40,51 @@ class StudyRecord:
     learned: Sequence[Learned]
 
 
+def find_study(runs: str, name: str) -> str:
+    """`name`, or the one study that is called so but for the digest at its end; else ConfigError."""
+    known = sorted({item.key.split("/")[0] for item in open_store(join_url(runs, "studies")).list()})
+    if name in known:
+        return name
+    called = [study for study in known if study.rpartition("-")[0] == name]
+    if len(called) == 1:
+        return called[0]
+    there = called or known
+    raise ConfigError(
+        f"{name}: {'several studies' if called else 'no study'} of that name in {runs}; there "
+        f"{'are ' + ', '.join(there) if there else 'is none'}"
+    )
+
+
 def read_study_record(
-    runs: str, name: str, *, learned: bool, progress: Callable[[int, int], None]
+    runs: str,
+    name: str,
+    points: Sequence[Point] | None,
+    *,
+    learned: bool,
+    progress: Callable[[int, int], None],
 ) -> StudyRecord:
-    """ConfigError if there is no such study. `learned`: look at its ViTs, too."""
+    """Of the points as they are now, or as `vitscale scale` left them when it ended. ConfigError if no rung
+    has ended. `learned`: look at its ViTs, too."""
     store = open_store(study_url(runs, name))
     try:
-        table = pq.read_table(io.BytesIO(store.read("points.parquet")))
         plan = json.loads(store.read("study.json"))
+        points = _read_points(store) if points is None else points
     except NotFound:
-        known = sorted({item.key.split("/")[0] for item in open_store(join_url(runs, "studies")).list()})
+        points = []
+    if not finished(points):
         raise ConfigError(
-            f"{name}: no such study in {runs}, or none of its rungs has ended; there "
-            f"{'are ' + ', '.join(known) if known else 'is none'}"
-        ) from None
-    if missing := set(SCHEMA.names) - set(table.column_names):
-        raise DataError(f"{store.url}/points.parquet: no column {', '.join(sorted(missing))}")
-    points = table.to_pylist()
+            f"{name}: none of its rungs has ended in {runs}; train them: vitscale scale STUDY.yaml"
+        )
     found = list(_learned(runs, points, progress)) if learned else []
     return StudyRecord(name=name, plan=plan, points=points, learned=found)
+
+
+def _read_points(store: Store) -> list[Point]:
+    table = pq.read_table(io.BytesIO(store.read("points.parquet")))
+    if missing := set(SCHEMA.names) - set(table.column_names):
+        raise DataError(f"{store.url}/points.parquet: no column {', '.join(sorted(missing))}")
+    points: list[Point] = table.to_pylist()
+    return points
 
 
 def _learned(runs: str, points: Sequence[Point], progress: Callable[[int, int], None]) -> Iterator[Learned]:

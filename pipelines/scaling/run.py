@@ -15,7 +15,7 @@ from orchestrator.tracking import Tracking
 from orchestrator.wheel import site_wheel
 from pipelines.pretrain import EXPERIMENT, run_job
 from pipelines.scaling.live import StudyProgress, mark_failures
-from pipelines.scaling.points import points
+from pipelines.scaling.points import Point, points
 from pipelines.scaling.preview import Preview, preview
 from pipelines.scaling.record import record_in_mlflow, record_plan, record_points
 from pipelines.scaling.results import RungResult, as_rows, best_of_sweeps, fit_laws
@@ -84,21 +84,36 @@ def do_study(site: Site, shown: Preview, console: Console) -> Outcome:
 
 def study_status(site: Site, shown: Preview) -> Outcome:
     """How its rungs stand; nothing is started."""
-    rungs = shown.verdict.kept
-    standings = stand(site.runs, rungs, {rung.name: rung.trunk for rung in rungs if rung.at is None})
+    standings = _stand(site, shown)
     for phase in phases(standings):
-        _find_forks(site.runs, phase)
         for standing in phase:
             if standing.state == "waiting" and standing.heard and not standing.quiet:
                 standing.state = "running"
     return _outcome(site, Tracking(site.mlflow, EXPERIMENT), shown, standings)
 
 
-def record(site: Site, tracking: Tracking, shown: Preview, standings: list[Standing]) -> Outcome:
-    """In the store, then in MLflow."""
+def points_now(site: Site, shown: Preview) -> list[Point]:
+    """Of all rungs, also while they train; nothing is written."""
+    return _points(site, shown, _stand(site, shown))
+
+
+def _stand(site: Site, shown: Preview) -> list[Standing]:
+    rungs = shown.verdict.kept
+    standings = stand(site.runs, rungs, {rung.name: rung.trunk for rung in rungs if rung.at is None})
+    for phase in phases(standings):
+        _find_forks(site.runs, phase)
+    return standings
+
+
+def _points(site: Site, shown: Preview, standings: Sequence[Standing]) -> list[Point]:
     validation = DatasetIndex.open(shown.study.base.data.validation_url).num_samples
     configs = {s.rung.name: s.config for s in standings if s.config is not None}
-    rows = points(shown.run, site.runs, shown.verdict.kept, configs, validation)
+    return points(shown.run, site.runs, shown.verdict.kept, configs, validation)
+
+
+def record(site: Site, tracking: Tracking, shown: Preview, standings: list[Standing]) -> Outcome:
+    """In the store, then in MLflow."""
+    rows = _points(site, shown, standings)
     record_points(site.runs, shown.run, rows)
     outcome = _outcome(site, tracking, shown, standings)
     record_in_mlflow(site, tracking, shown, standings, rows, outcome.to_json())
