@@ -17,6 +17,8 @@ from workers.training.commits import CommitLog
 from workers.training.control import request_stop
 
 STEPS = 120
+SHORT_FAULTS = 2
+"""Of a run of the shortened set, which then comes to its end: only that tells its result."""
 FAULTS = ("kill", "stop", "zombie", "outage")
 """SIGKILL; a request to commit and end; a group that stands still and is replaced; the store away."""
 
@@ -42,10 +44,13 @@ def soak(lab: Lab) -> Iterator[str]:
 
 def one_run(lab: Lab, config: RunConfig, url: str, store: ProxiedStore, undisturbed: str) -> Iterator[str]:
     """Each fault is a trial; the last one says what became of the run."""
-    log = CommitLog(open_store(url))
+    log, faults = CommitLog(open_store(url)), 0
     with ExitStack() as zombies:
         while (head := log.head()) is None or not head.complete:
             group = zombies.enter_context(Ranks(2, train_at, store.environment, config, url))
+            if lab.short and faults == SHORT_FAULTS:
+                group.results()
+                continue
             target = (head.seq if head else -1) + lab.random.randint(1, 4)
             while group.alive() and ((now := log.head()) is None or now.seq < target):
                 time.sleep(0.02)
@@ -65,8 +70,10 @@ def one_run(lab: Lab, config: RunConfig, url: str, store: ProxiedStore, undistur
                 group.results()
             else:
                 group.kill()
+            faults += 1
             yield ""
     yield "" if same_run(url, undisturbed) else f"another result, {url}"
 
 
-ROWS = [Row("R20", "all kinds of faults at random, one after another: the same result", soak, short=2)]
+PROMISE = "all kinds of faults at random, one after another: the same result"
+ROWS = [Row("R20", PROMISE, soak, short=SHORT_FAULTS + 1)]
