@@ -70,11 +70,9 @@ def run_study(site: Site, study: Study, console: Console) -> list[RungResult]:
 
 def do_study(site: Site, shown: Preview, console: Console) -> Outcome:
     """Likewise; rungs that failed are told in the outcome. Errors that are of no rung are raised."""
-    rungs = shown.verdict.kept
     tracking = Tracking(site.mlflow, EXPERIMENT)
     record_plan(site.runs, shown)
-    configs: dict[str, RunConfig] = {rung.name: rung.trunk for rung in rungs if rung.at is None}
-    standings = stand(site.runs, rungs, configs)
+    standings = _stand(site, shown)
     with StudyProgress(site.runs, standings, console) as progress:
         for phase in phases(standings):
             _find_forks(site.runs, phase)
@@ -84,7 +82,7 @@ def do_study(site: Site, shown: Preview, console: Console) -> Outcome:
 
 def study_status(site: Site, shown: Preview) -> Outcome:
     """How its rungs stand; nothing is started."""
-    standings = _stand(site, shown)
+    standings = _stand_now(site, shown)
     for phase in phases(standings):
         for standing in phase:
             if standing.state == "waiting" and standing.heard and not standing.quiet:
@@ -94,12 +92,18 @@ def study_status(site: Site, shown: Preview) -> Outcome:
 
 def points_now(site: Site, shown: Preview) -> list[Point]:
     """Of all rungs, also while they train; nothing is written."""
-    return _points(site, shown, _stand(site, shown))
+    return _points(site, shown, _stand_now(site, shown))
 
 
 def _stand(site: Site, shown: Preview) -> list[Standing]:
+    """Cooldowns have no configuration yet: that names a checkpoint of their long run."""
     rungs = shown.verdict.kept
-    standings = stand(site.runs, rungs, {rung.name: rung.trunk for rung in rungs if rung.at is None})
+    return stand(site.runs, rungs, {rung.name: rung.trunk for rung in rungs if rung.at is None})
+
+
+def _stand_now(site: Site, shown: Preview) -> list[Standing]:
+    """With those cooldowns whose checkpoint is there."""
+    standings = _stand(site, shown)
     for phase in phases(standings):
         _find_forks(site.runs, phase)
     return standings

@@ -109,9 +109,9 @@ def _python(collector: Collector, part: Part, which: str) -> None:
         raise DataError(
             f"{part.path}: {array.shape[0]} images, {len(labels)} labels, or labels of other kinds"
         )
-    named = isinstance(files, list) and len(files) == len(labels)
+    named = files if isinstance(files, list) and len(files) == len(labels) else None
     offsets = (array.offset + number * PIXELS for number in range(len(labels)))
-    names = (f"{part.path}[{n}]" + (f" {files[n]}" if named else "") for n in range(len(labels)))  # type: ignore[index]
+    names = (f"{part.path}[{n}]" + (f" {named[n]}" if named else "") for n in range(len(labels)))
     _add(collector, part, zip(names, labels, offsets, strict=True))
 
 

@@ -186,7 +186,7 @@ class RangedFile(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override] # RawIOBase takes any buffer; readers of files give this one
         length = max(0, min(len(buffer), self._size - self._at))
         if length:
             buffer[:length] = read_range(self._where, self._at, length, self._etag)
