@@ -52,6 +52,17 @@ def test_double_descent_is_refused_near_the_end_and_told_at_the_beginning():
     assert "rose before" in make_curve("a", X, Y * bump(4e6)).notes[0]
 
 
+@pytest.mark.parametrize("losses", [[2, 1, 0.8, 1.1, 1.4, 1.5], [2, 1, 0.8, 1.1, 1.4], [2, 1, 1.1, 1.4]])
+def test_so_is_a_short_curve_that_climbs_at_its_end(losses):
+    with pytest.raises(DataError, match="rises again"):
+        make_curve("a", 2.0 ** np.arange(len(losses)), losses)
+
+
+@pytest.mark.parametrize("losses", [[2, 1, 0.8, 1.1], [2, 1, 0.8, 0.82, 0.83], [2, 1, 1.1, 1.2, 0.9, 0.8]])
+def test_a_last_step_or_little_may_be_chance(losses):
+    assert make_curve("a", 2.0 ** np.arange(len(losses)), losses).notes == ()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_is_no_rise(seed):
     assert make_curve("a", X, noisy(seed, 0.02)).notes == ()

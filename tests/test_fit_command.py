@@ -100,6 +100,15 @@ def test_chinchilla_from_a_file_as_epoch_has_it(tmp_path):
     assert "3 largest losses of 90 are left out" in fit(path, *options, "--backtest")
 
 
+def test_it_is_told_where_a_law_in_size_and_data_looks_the_wrong_way(tmp_path):
+    rows = [row | {"loss": row["loss"] * (row["Model Size"] / 1e9) ** 0.5} for row in runs()]
+    path = write(tmp_path / "overfit.csv", rows)
+    assert "rise with size" in " ".join(fit(path, "--law", "chinchilla", "--bootstraps", 20).split())
+    assert "rise with" not in fit(
+        write(tmp_path / "r.csv", runs()), "--law", "chinchilla", "--bootstraps", 20
+    )
+
+
 def test_columns_by_name_and_in_lower_case(tmp_path):
     rows = [
         {"n": row["Model Size"], "d": row["Training FLOP"] / 6 / row["Model Size"], "l": row["loss"]}

@@ -84,6 +84,7 @@ def test_allocation_is_the_minimum_of_the_isoflop_curve():
     [
         ({"size": np.full(234, 1e9)}, "size: 1 different value in"),
         ({"loss": np.full(234, np.nan)}, "loss of run 1 is nan"),
+        ({"loss": 1 / simulated().loss}, "rise with size and with data, as accuracy does"),
     ],
 )
 def test_runs_that_determine_no_law_are_refused(change, said):

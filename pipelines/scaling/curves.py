@@ -20,6 +20,10 @@ MIN_SCALES = 4
 RISE = 0.03
 """A rise of log loss below this is never called one: seeds differ by as much."""
 RISE_SIGMAS = 4.0
+SHORT = 12
+"""Scales. Of fewer, second differences are mostly the curve's bend, which would pass for noise."""
+CLIMB = 0.1
+"""A rise of log loss, in two steps or more at a short curve's end, that is not taken for chance."""
 RECENT = 8.0
 """A rise matters where x is more than x_max / 8: recency weights leave nothing of what is before."""
 MAX_CUT = 4.0
@@ -137,10 +141,18 @@ def _checked_shape(curve: Curve) -> Curve:
         raise DataError(
             f"{curve.name}: the loss rises again before x = {scales[peak]:.3g} (overfitting, or double "
             f"descent); every law here falls throughout, so none can say what comes next. "
-            f"Fit a part that falls, or the best loss so far"
+            f"Fit a part that falls, or the best loss so far; if it is chance, more seeds"
         )
     note = f"the loss rose before x = {scales[peak]:.3g}, far from the end"
     return replace(curve, notes=(*curve.notes, note))
+
+
+def _climb(level: Floats) -> float:
+    """How far log losses (n,) rise at their end, step by step; 0 if the last step alone does, or none."""
+    steps = np.diff(level)
+    falls = np.flatnonzero(steps <= 0)
+    rising = steps[falls[-1] + 1 :] if len(falls) else steps
+    return float(rising.sum()) if len(rising) > 1 else 0.0
 
 
 def _rise(level: Floats) -> int | None:
@@ -150,6 +162,8 @@ def _rise(level: Floats) -> int | None:
     falling = isotonic_regression(level, increasing=False).x
     # A mean over neighbours, so that one unlucky run is no rise.
     smooth = np.convolve(level - falling, np.ones(3) / 3, mode="same") if len(level) > 6 else level - falling
+    if len(level) <= SHORT and _climb(level) > CLIMB:
+        return len(level) - 1
     peak = int(np.argmax(smooth))
     # Second differences of a smooth curve vanish, so what is left of them is noise.
     noise = 1.4826 * float(np.median(np.abs(np.diff(level, 2)))) / np.sqrt(6)

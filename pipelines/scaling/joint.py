@@ -109,6 +109,18 @@ def check_runs(runs: Runs) -> None:
                 f"{name}: {count} different value{'s' * (count > 1)} in {len(runs)} runs; the law's "
                 "dependence on it needs at least 3"
             )
+    if rises(runs) == ["size", "data"]:
+        raise DataError(
+            "the losses rise with size and with data, as accuracy does; laws take error or loss "
+            "(--accuracy turns accuracy into error)"
+        )
+
+
+def rises(runs: Runs) -> list[str]:
+    """Of "size" and "data" those with which the losses rise on the whole, the other being the same."""
+    columns = np.column_stack([np.ones(len(runs)), np.log(runs.size), np.log(runs.data)])
+    slopes = np.linalg.lstsq(columns, np.log(runs.loss))[0][1:]
+    return [name for name, slope in zip(("size", "data"), slopes, strict=True) if slope > 0]
 
 
 class _Problem:

@@ -3,7 +3,7 @@ tables.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipelines.scaling.allocate import HORIZON, Allocation, allocate, optimum
 from pipelines.scaling.curves import Floats
-from pipelines.scaling.joint import MIN_RUNS, JointFit, Runs, fit_joint
+from pipelines.scaling.joint import MIN_RUNS, JointFit, Runs, fit_joint, rises
 from pipelines.scaling.later_runs import BOOTSTRAPS, LaterScore, later_table, score_later
 from pipelines.scaling.measured import JointPoints
 from pipelines.scaling.next_run import Candidate, grid, next_runs
@@ -50,6 +50,9 @@ def report_runs(
     """`clusters`: whole models are drawn, rather than runs."""
     labels = np.array(points.labels) if clusters else None
     fit = fit_joint(points.runs, bootstraps=bootstraps, clusters=labels, progress=progress)
+    for name in rises(points.runs):
+        said = f"the losses rise with {name}, where this law falls: its {name} term says nothing"
+        points = replace(points, notes=[*points.notes, said])
     compute = points.flops_factor * points.runs.size * points.runs.data
     allocations = [
         allocate(
