@@ -100,6 +100,15 @@ def test_chinchilla_from_a_file_as_epoch_has_it(tmp_path):
     assert "3 largest losses of 90 are left out" in fit(path, *options, "--backtest")
 
 
+def test_a_run_exported_twice_counts_once(tmp_path):
+    rows = [row | {"seed": number % 2} for number, row in enumerate(runs())]
+    options = ("--law", "chinchilla", "--bootstraps", 20, "--json")
+    once = json.loads(fit(write(tmp_path / "once.csv", rows), *options))
+    twice = json.loads(fit(write(tmp_path / "twice.csv", [*rows, *rows]), *options))
+    assert any("90 exact copies of runs left out" in note for note in twice["notes"])
+    assert twice["parameters"] == once["parameters"] and twice["standard_errors"] == once["standard_errors"]
+
+
 def test_it_is_told_where_a_law_in_size_and_data_looks_the_wrong_way(tmp_path):
     rows = [row | {"loss": row["loss"] * (row["Model Size"] / 1e9) ** 0.5} for row in runs()]
     path = write(tmp_path / "overfit.csv", rows)

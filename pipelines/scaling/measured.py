@@ -143,6 +143,8 @@ def joint_of(table: Table, columns: Columns, exclude_largest: int = 0) -> JointP
     notes += lost
     table, lost = _without_missing(table, needed)
     notes += lost
+    table, lost = _without_copies(table, needed, columns.seed)
+    notes += lost
     losses, said = _losses(table, y, columns.accuracy)
     notes += said
     factor, unit, said = _units(size)
@@ -187,6 +189,8 @@ def shape_of(table: Table, columns: Columns, exclude_largest: int = 0) -> ShapeP
     table, lost = _without_missing(table, (shape, flops, y))
     notes += lost
     table, lost = _arm(table, shape)
+    notes += lost
+    table, lost = _without_copies(table, (shape, flops, y), columns.seed)
     notes += lost
     losses, said = _losses(table, y, columns.accuracy)
     notes += said
@@ -248,6 +252,15 @@ def _without_missing(table: Table, names: tuple[str, ...]) -> tuple[Table, list[
     if len(gone) == len(table):
         raise DataError(f"{table.source}: every row lacks one of {', '.join(names)}")
     return table.without(sorted(gone)) if gone else table, notes
+
+
+def _without_copies(table: Table, names: tuple[str, ...], seed: str | None) -> tuple[Table, list[str]]:
+    """The same run exported twice is no second observation, and would make the law look surer than it is."""
+    seeds = (seed,) if seed else ("seed",) if "seed" in table.columns else ()
+    rows = list(zip(*(table.columns[name] for name in (*names, *seeds)), strict=True))
+    first = {row: number for number, row in reversed(list(enumerate(rows)))}
+    gone = [number for number, row in enumerate(rows) if first[row] != number]
+    return (table.without(gone), [f"{len(gone)} exact copies of runs left out"]) if gone else (table, [])
 
 
 def _losses(table: Table, y: str, accuracy: bool) -> tuple[Floats, list[str]]:
