@@ -31,6 +31,8 @@ MODEL = "parent"
 POINTS = 11
 """Writes of a launch, to the store and to Ray; beyond the last the launcher is killed at some later time."""
 LATER_SECONDS = 20.0
+AGAIN_SECONDS = 15.0
+"""Until a watch that has not seen its job end looks again."""
 Launch = Callable[["Launcher"], str]
 
 
@@ -65,13 +67,23 @@ class Launcher:
                 return f"launched again it ends with {code}: {said.read_text()[-300:]}"
             if not watch or "has its children" in said.read_text():
                 return ""
-            time.sleep(1.0)
+            self._await_job(AGAIN_SECONDS)
         return f"no children {PATIENCE:.0f} s later"
+
+    def _await_job(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            if any(is_done(open_store(spec.runs), spec.digest) for spec in self.specs()):
+                return
+
+    def specs(self) -> list[JobSpec]:
+        return [spec for spec in all_specs(self.cluster.site.runs) if self.model in spec.models]
 
     def wrong(self) -> str:
         """What there is that should not be, or is not there that should."""
         runs = self.cluster.site.runs
-        specs = [spec for spec in all_specs(runs) if self.model in spec.models]
+        specs = self.specs()
         if len(specs) != 1:
             return f"{len(specs)} specifications of it"
         (spec,) = specs
