@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def promote(
-    model: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[int, typer.Argument(help="Its version.")],
+    model: Annotated[str, typer.Argument(help="Registered model; MODEL/VERSION and MODEL@ALIAS do, too.")],
+    version: Annotated[int | None, typer.Argument(help="Its version.")] = None,
+    *,
     to: Annotated[str, typer.Option(help="Alias to move, e.g. champion.")],
     gate: Annotated[
         Path | None, typer.Option(help="YAML file with the checks that it must pass; docs/promotion.md.")
@@ -55,7 +56,7 @@ def promote(
     from pipelines import promote as stage
 
     asked = Gate.load(gate) if gate else Gate.of(metric or "val_accuracy", minimum or 0.0)
-    label = f"{model}/{version}"
+    label = model if version is None else f"{model}/{version}"
     if evaluate:
         stage.evaluate_for(where, label, to, asked, errors)
     if dry_run:
@@ -64,7 +65,8 @@ def promote(
             typer.echo(json.dumps(_json(judgement)))
         else:
             holder = judgement.holder
-            console.print(f"{label} for {model}@{to}, now {holder.version if holder else 'of no version'}\n")
+            name = label.partition("@")[0].partition("/")[0]
+            console.print(f"{label} for {name}@{to}, now {holder.version if holder else 'of no version'}\n")
             _print([asdict(row) for row in judgement.verdict.rows], judgement.attempts)
             verdict = "would be promoted" if judgement.verdict.passed else "would not be promoted"
             console.print(f"\n{label} {verdict}; nothing moved")
@@ -79,7 +81,7 @@ def promote(
         _print(promotion.rows, promotion.attempts)
     forced = f", by force: {promotion.reason}" if promotion.forced else ""
     summary = f": {promotion.metric} {promotion.value:.4f}, restore test passed" if promotion.metric else ""
-    console.print(f"{model}@{to} is version {promotion.version}{summary}{forced}", markup=False)
+    console.print(f"{promotion.model}@{to} is version {promotion.version}{summary}{forced}", markup=False)
 
 
 def _json(judgement: "Judgement") -> dict[str, Any]:

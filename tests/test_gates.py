@@ -432,6 +432,9 @@ def test_the_command(registry: Registry, store_url: str, tmp_path: Path, command
     assert (told["passed"], told["holder"], told["gate"]) == (False, 1, Gate.load(path).digest)
     assert [row["passed"] for row in told["rows"]] == [False, True]
     assert len(registry.log.read("toy")) == 1
+    again = command("toy/2", *asked[2:], "--dry-run", code=1)
+    assert again.splitlines()[0] == said.splitlines()[0]
+    assert command("toy@champion", "--to", "candidate").startswith("toy@candidate is version 1")
     with pytest.raises(CheckpointError, match=r"toy/2 was not promoted: val_accuracy 0\.9000 is"):
         command(*asked)
     for wrong in (("--force",), ("--reason", "why"), ("--force", "--reason", " ")):
