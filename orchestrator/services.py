@@ -244,10 +244,12 @@ def _end(directory: Path, state: State, name: ServiceName) -> None:
 
 
 def _start(directory: Path, state: State, daemons: list[Daemon], progress: Progress) -> None:
-    """All at once; a service that fails is ended, the others stay."""
+    """All at once; a service that fails is ended, the others stay. One that ends by itself is tried again:
+    on a crowded machine Ray gives up a node that is not there after 30 s."""
     (directory / "logs").mkdir(mode=0o700, exist_ok=True)
     began: dict[ServiceName, float] = {}
     pending = {daemon.name: daemon for daemon in daemons}
+    once = set(pending)
     failures: list[str] = []
     try:
         for daemon in daemons:
@@ -261,8 +263,14 @@ def _start(directory: Path, state: State, daemons: list[Daemon], progress: Progr
                     seconds = time.monotonic() - began[name]
                     progress(f"{LABELS[name]:<13} {daemon.url}  ready in {seconds:.1f} s")
                 except VitscaleError as error:
-                    failures.append(str(error))
                     _end(directory, state, name)
+                    if isinstance(error, _Ended) and name in once:
+                        once.remove(name)
+                        progress(f"{LABELS[name]:<13} ended while it started; starting it again")
+                        began[name] = time.monotonic()
+                        _launch(directory, state, daemon)
+                        continue
+                    failures.append(str(error))
                 del pending[name]
             time.sleep(0.1)
     finally:
@@ -270,6 +278,10 @@ def _start(directory: Path, state: State, daemons: list[Daemon], progress: Progr
             _end(directory, state, name)
     if failures:
         raise VitscaleError("\n".join(failures))
+
+
+class _Ended(VitscaleError):
+    """By itself, before it was healthy."""
 
 
 def _completed(directory: Path, state: State, daemon: Daemon, began: float) -> bool:
@@ -284,7 +296,8 @@ def _completed(directory: Path, state: State, daemon: Daemon, began: float) -> b
     if late or not all(map(is_alive, record.leaders)):
         what = f"did not answer within {START_SECONDS} s" if late else "ended"
         log = _log(directory, daemon.name)
-        raise VitscaleError(f"{LABELS[daemon.name]} {what}. Its log {log} ends:\n{log_tail(log)}")
+        kind = VitscaleError if late else _Ended
+        raise kind(f"{LABELS[daemon.name]} {what}. Its log {log} ends:\n{log_tail(log)}")
     return False
 
 

@@ -274,12 +274,30 @@ def small_daemon(code: str, complete=lambda: None) -> Daemon:
 
 
 def test_a_service_that_ends_at_once_shows_the_end_of_its_log(tmp_path):
-    state = State()
+    said: list[str] = []
     with pytest.raises(VitscaleError) as caught:
-        services._start(tmp_path, state, [small_daemon("print('no such disk'); exit(3)")], print)
+        services._start(tmp_path, State(), [small_daemon("print('no such disk'); exit(3)")], said.append)
     log = tmp_path / "logs/mlflow.log"
-    assert str(caught.value) == f"MLflow ended. Its log {log} ends:\nno such disk"
+    assert str(caught.value).startswith(f"MLflow ended. Its log {log} ends:\n")
+    assert str(caught.value).endswith("no such disk")
+    assert said == ["MLflow        ended while it started; starting it again"]
     assert State.load(tmp_path) == State()
+
+
+def test_a_service_that_ends_while_it_starts_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(services, "answers", lambda _, record: (tmp_path / "second").exists())
+    code = (
+        "import pathlib, sys, time; first = pathlib.Path(sys.argv[1]); there = first.exists(); first.touch()"
+    )
+    code += "\nif there: first.with_name('second').touch(); time.sleep(600)"
+    daemon = small_daemon(code)
+    daemon.commands[0].append(str(tmp_path / "first"))
+    state = State()
+    services._start(tmp_path, state, [daemon], print)
+    try:
+        assert state.services["mlflow"].ready and is_alive(state.services["mlflow"].leaders[0])
+    finally:
+        services._end(tmp_path, state, "mlflow")
 
 
 def test_a_service_that_never_answers_is_ended(tmp_path, monkeypatch):
