@@ -1,9 +1,10 @@
 """A job's runs in MLflow, while the driver does its work.
 
-MLflow is imported on use, which is on the thread that feeds it: that takes a second or two of the
-interpreter. It waits before that, so that the worker group is asked for first and starts meanwhile.
+MLflow is imported on use, which is on the thread that feeds it: that takes a second or two of a core. It
+waits before that until there is something to send, since a worker group that starts may need the core.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 2.0
 RETRY_SECONDS = 5.0
+GROUP_SECONDS = 30.0
+"""Until a run is opened of which nothing is heard: its group waits, or compiles."""
 
 
 class JobRuns:
@@ -94,6 +97,7 @@ class JobRuns:
         return tracking
 
     def _feed(self) -> None:
+        self._await_events()
         while not self._stop.wait(DRAIN_SECONDS):
             from orchestrator.tracking import mlflow_errors
 
@@ -104,3 +108,11 @@ class JobRuns:
                         drain.step()
             except DataError as error:
                 log.warning("metrics wait in the store: %s", error)
+
+    def _await_events(self) -> None:
+        stores = [open_store(run_url(self._spec.runs, config)) for config in self._spec.configs]
+        deadline = time.monotonic() + GROUP_SECONDS
+        while time.monotonic() < deadline and not self._stop.wait(DRAIN_SECONDS):
+            with contextlib.suppress(DataError):
+                if any(True for store in stores for _ in store.list("events/")):
+                    return
