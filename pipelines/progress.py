@@ -13,7 +13,9 @@ from workers.storage import Unavailable, open_store
 from workers.training.metrics import EventReader
 
 PLAIN_SECONDS = 10.0
-"""Without a terminal a line is printed this often."""
+"""Without a terminal a line is printed this often,"""
+SAME_SECONDS = 60.0
+"""and one that says what the last one said, this often."""
 
 
 class Ticks(Protocol):
@@ -34,7 +36,7 @@ class JobProgress:
         self._old_note = ""
         """What the job waited for before the newest event."""
         self._label = label
-        self._last_line = time.monotonic()
+        self._last_line, self._printed = "", time.monotonic()
         self._bar = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
@@ -73,9 +75,13 @@ class JobProgress:
         done = sum(self._seen.values())
         text = note if note != self._old_note else self._text()
         self._bar.update(self._task, completed=done, values=text)
-        if not self._console.is_terminal and time.monotonic() - self._last_line > PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            self._console.print(f"  {self._label}: {100 * done / self._total:.0f} %  {text}", highlight=False)
+        if not self._console.is_terminal:
+            self._print(f"  {self._label}: {100 * done / self._total:.0f} %  {text}")
+
+    def _print(self, line: str) -> None:
+        if time.monotonic() - self._printed > (SAME_SECONDS if line == self._last_line else PLAIN_SECONDS):
+            self._last_line, self._printed = line, time.monotonic()
+            self._console.print(line, highlight=False)
 
     def _read(self) -> bool:
         """Take what is new; whether there was anything."""

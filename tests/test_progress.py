@@ -30,6 +30,7 @@ def test_a_line_says_how_far_the_job_is_or_what_it_waits_for(store_url: str, mon
 
     with JobProgress(spec, "study", Console(file=output, width=200)) as progress:
         progress.tick("job-0", "")
+        progress.tick("job-0", "")  # says nothing new
         write_note(store, "job-0", "waiting for nodes")
         progress.tick("job-0", "")
         trained(TOTAL // 2)
