@@ -337,6 +337,21 @@ def test_a_command_that_is_ended_ends_its_job_and_the_next_goes_on(services: Sit
 
 @pytest.mark.services
 @pytest.mark.timeout(600)
+def test_a_job_whose_hours_are_over_commits_and_ends(services: Site, train: list[str]) -> None:
+    settings = ("--set", "name=limited", "--set", "train.images=1000000", "--set", "compute.max_hours=0.015")
+    done = subprocess.run([*train, *settings], capture_output=True, text=True, timeout=400)
+    (run,) = Path(services.runs.removeprefix("file://"), "runs").glob("limited-*")
+    head = CommitLog(open_store(run.as_uri())).head()
+    assert head is not None and not head.complete
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: stopped at image {head.images_seen:,}; compute.max_hours 0.015 are over; "
+        "the same command goes on from there\n",
+    )
+
+
+@pytest.mark.services
+@pytest.mark.timeout(600)
 def test_a_worker_that_is_stopped_costs_its_group_a_restart(services: Site, train: list[str]) -> None:
     settings = ("--set", "train.images=8000", "--set", "seed=78", "--set", "compute.hang_seconds=3")
     command = [*train, *settings, "--as", "stopped", "--json"]
