@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-submit bench-promote bench-plan bench-quality bench-laws docs lock down clean
+.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-submit bench-promote bench-dashboard bench-plan bench-quality bench-laws docs lock down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ bench-submit: $(READY)  ## seconds from `vitscale submit` to the first step, bes
 
 bench-promote: $(READY)  ## seconds of `vitscale promote` besides its restore test
 	$(BIN)/python -m tests.benchmarks.promote $(ARGS)
+
+bench-dashboard: $(READY)  ## what `vitscale status --watch` takes of a core
+	$(BIN)/python -m tests.benchmarks.dashboard $(ARGS)
 
 bench-plan: $(READY)  ## what plans foretell of memory and time, beside what runs took
 	$(BIN)/python -m tests.benchmarks.plan $(ARGS)

@@ -1,5 +1,6 @@
 """R13: an outage of MLflow costs no step and no point."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestrator.job import JobSpec, run_url
 from orchestrator.job_runs import JobRuns
 from orchestrator.processes import free_port
+from orchestrator.site import Site
 from orchestrator.tracking import RUN_TAG
 from tests.chaos.row import Lab, Row
 from tests.distributed import Ranks
@@ -28,6 +31,8 @@ from workers.training.metrics import EventReader
 EXPERIMENT = "chaos"
 PATIENCE = 300.0
 OUTAGE, SHORT_OUTAGE = 300.0, 3.0
+STEPS, LONG_STEPS = 20, 200
+"""The more for a run that is to be still under way when MLflow has heard of it."""
 Point = tuple[str, int, float, int]
 """Name, step, value, time in ms: what MLflow tells points apart by."""
 
@@ -109,41 +114,59 @@ def backlogs(lab: Lab) -> Iterator[str]:
 
 
 def backlog(lab: Lab, mlflow: Mlflow, number: int) -> str:
-    """MLflow dies while a run trains, then workers and driver with points that wait; all come back."""
-    config = tiny_config(lab.data, f"train.checkpoint_every_images={2 * BATCH}", f"seed={number}", steps=20)
+    """MLflow dies while a run trains, then workers with points that wait, and in some trials the driver, too;
+    all come back."""
+    survives = lab.random.random() < 0.5
+    # Of twenty evaluations the figures would take the driver minutes.
+    more = ("train.probe_images=0",) if survives else ()
+    config = tiny_config(
+        lab.data,
+        f"train.checkpoint_every_images={2 * BATCH}",
+        f"seed={number}",
+        *more,
+        steps=LONG_STEPS if survives else STEPS,
+    )
     spec = JobSpec(configs=(config,), runs=lab.new_url("runs"), mlflow=mlflow.uri, experiment=EXPERIMENT)
     url = run_url(spec.runs, config)
-    with driver(spec) as first:
+    with contextlib.ExitStack() as drivers:
+        teller = drivers.enter_context(driver(spec))
         with Ranks(2, train_rank, config, url) as ranks:
-            await_commit(url, lab.random.randint(0, 4), ranks)
-            if lab.random.random() < 0.5:
-                time.sleep(lab.random.uniform(0, 3))
+            if survives:
+                await_point(mlflow.uri, config, ranks)
+            else:
+                await_commit(url, lab.random.randint(0, 4), ranks)
+                if lab.random.random() < 0.5:
+                    time.sleep(lab.random.uniform(0, 3))
             mlflow.kill()
             away = time.monotonic()
-            await_commit(url, lab.random.randint(4, 7), ranks)
+            head = CommitLog(open_store(url)).head()
+            await_commit(url, (head.seq if head else 0) + lab.random.randint(1, 4), ranks)
             time.sleep(lab.random.uniform(0, 0.1))
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    with driver(spec) as second:
+        if not survives:
+            teller.send_signal(signal.SIGKILL)
+            teller.wait()
+            teller = drivers.enter_context(driver(spec))
         # The store alone is needed to train to the end.
         with Ranks(2, train_rank, config, url) as ranks:
             ranks.results()
         time.sleep(max(0.0, (SHORT_OUTAGE if lab.short else OUTAGE) - (time.monotonic() - away)))
         mlflow.start()
         try:
-            if second.wait(PATIENCE) != 0:
+            if teller.wait(PATIENCE) != 0:
                 return "the driver that found MLflow away ends with an error"
         except subprocess.TimeoutExpired:
-            second.kill()
+            teller.kill()
             return f"points are still not there {PATIENCE:.0f} s after MLflow came back"
     return told_wrongly(mlflow.uri, EXPERIMENT, config, url)
 
 
 def driver(spec: JobSpec) -> "subprocess.Popen[bytes]":
-    """What a driver does beside training, in a process of its own: tells MLflow until the run is complete."""
+    """What a driver does beside training, in a process of its own, with the settings that jobs have: tells
+    MLflow until the run is complete."""
+    site = Site(ray="http://127.0.0.1:1", mlflow=spec.mlflow, data=spec.runs, runs=spec.runs)
     command = [sys.executable, "-m", "tests.chaos.tracking"]
-    quiet = os.environ | {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=quiet)
+    environment = os.environ | site.settings()
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     assert process.stdin is not None
     process.stdin.write(spec.to_bytes())
     process.stdin.close()
@@ -166,6 +189,20 @@ def await_commit(url: str, seq: int, ranks: Ranks) -> None:
         time.sleep(0.02)
 
 
+def await_point(uri: str, config: RunConfig, ranks: Ranks) -> None:
+    """That MLflow has something of it, which its driver will not send again."""
+    while ranks.alive() and not any(run.data.metrics for run in runs_of(uri, EXPERIMENT, config)):
+        time.sleep(0.1)
+
+
+def runs_of(uri: str, experiment: str, config: RunConfig) -> list[Run]:
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    return list(client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{config.run}'"))
+
+
 def expected(url: str) -> list[Point]:
     """The points of the run's lineage: a new writer takes back what is beyond where it goes on."""
     kept: list[dict[str, object]] = []
@@ -183,16 +220,14 @@ def expected(url: str) -> list[Point]:
 
 def told_wrongly(uri: str, experiment: str, config: RunConfig, url: str) -> str:
     """What MLflow has of a complete run's metrics that it should not, or lacks."""
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name(experiment)
-    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_TAG}` = '{config.run}'")
+    runs = runs_of(uri, experiment, config)
     if len(runs) != 1 or runs[0].info.status != "FINISHED":
         return f"MLflow has {len(runs)} runs of it: {[run.info.status for run in runs]}"
     wanted = Counter(expected(url))
     told = Counter(
         (point.key, point.step, point.value, point.timestamp)
         for name in {name for name, _, _, _ in wanted}
-        for point in client.get_metric_history(runs[0].info.run_id, name)
+        for point in MlflowClient(uri).get_metric_history(runs[0].info.run_id, name)
     )
     lost, more = wanted - told, told - wanted
     if not lost and not more:
