@@ -27,16 +27,21 @@ ENDED = ("complete", "stopped", "failed")
 PLAIN_SECONDS = 10.0
 """Between two lines of a run of which nothing but its images has changed."""
 STEP_SECONDS = 0.1
+SHARE = 0.005
+"""Of a core, for looking, and as much for drawing: with very many runs both come less often,"""
+MOST_PAUSES = 5
+"""though not less than by this factor."""
 
 
 def watch(board: RunBoard, run: str | None, console: Console, every: float) -> None:
     """Until a signal comes or, if one run is watched, that has ended. Outages are shown and waited out."""
-    looks = _Looks(board, every)
+    looks, pause = _Looks(board, every), _Pause(every)
     with Interrupts() as interrupts, _Screen(console) as screen:
         try:
             while True:
                 newest = looks.newest()
                 if newest is not None:
+                    pause.begin()
                     screen.show(newest)
                     if (
                         run is not None
@@ -44,9 +49,25 @@ def watch(board: RunBoard, run: str | None, console: Console, every: float) -> N
                         and newest.runs
                     ):
                         return
-                interrupts.wait(every if newest is not None else STEP_SECONDS)
+                interrupts.wait(pause.seconds() if newest is not None else STEP_SECONDS)
         except KeyboardInterrupt:
             return
+
+
+class _Pause:
+    """Between two rounds of a thread's work."""
+
+    def __init__(self, every: float) -> None:
+        self._every, self._began, self._before = every, 0.0, 0.0
+
+    def begin(self) -> None:
+        self._began = time.thread_time()
+
+    def seconds(self) -> float:
+        """By the cheaper one of the last two rounds: the first reads and imports all that there is."""
+        spent = time.thread_time() - self._began
+        least, self._before = min(spent, self._before), spent
+        return min(max(self._every, least / SHARE), MOST_PAUSES * self._every)
 
 
 class _Looks:
@@ -64,13 +85,15 @@ class _Looks:
         return self._newest
 
     def _look(self) -> None:
+        pause = _Pause(self._every)
         while True:
+            pause.begin()
             try:
                 self._newest = self._board.look()
             except Exception as error:  # noqa: BLE001 - raised by the next call
                 self._error = error
                 return
-            time.sleep(self._every)
+            time.sleep(pause.seconds())
 
 
 class _Screen:

@@ -21,7 +21,7 @@ from orchestrator.site import Site
 from orchestrator.status import RunStatus
 from pipelines import dashboard
 from pipelines.cli import app
-from pipelines.dashboard import line, picture, watch
+from pipelines.dashboard import _Pause, line, picture, watch
 from tests.fake_ray import SITE, FakeRay, make_spec
 from tests.test_config import changed
 from workers.config import RunConfig, make_config
@@ -306,3 +306,16 @@ def test_the_command_watches_a_run_to_its_end_and_takes_no_json(
     refused = CliRunner().invoke(app, ["status", "--watch", "--json", "--site", str(path)])
     assert isinstance(refused.exception, ConfigError)
     assert str(refused.exception) == "--watch, --json: give one; a script asks again and again with --json"
+
+
+def test_what_takes_long_is_done_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = iter((0.0, 9.0, 9.0, 9.01, 9.01, 9.05, 9.05, 10.05, 10.05, 11.05))
+    monkeypatch.setattr("pipelines.dashboard.time.thread_time", lambda: next(spent))
+    pause = _Pause(2.0)
+
+    def wait() -> float:
+        pause.begin()
+        return pause.seconds()
+
+    # 9 s of the first round; then 10 ms, 40 ms, 1 s and 1 s.
+    assert [wait() for _ in range(5)] == pytest.approx([2.0, 2.0, 2.0, 8.0, 10.0])

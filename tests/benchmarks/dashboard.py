@@ -23,8 +23,8 @@ import psutil
 
 from orchestrator.job import JobSpec, name_runs, run_url, write_spec
 from orchestrator.job_records import wish
-from orchestrator.ray_jobs import RayJobs
 from orchestrator.site import Site
+from pipelines.ingest import ingest
 from tests.benchmarks import results
 from tests.chaos.cluster import VITSCALE, LocalCluster
 from tests.runs import tiny_config
@@ -52,6 +52,7 @@ def main() -> None:
         LocalCluster(Path(name).resolve() / "site") as cluster,
     ):
         os.environ |= cluster.site.environment()
+        ingest("digits", cluster.site.data_url("digits"), limit=400)
         runs = [Run(cluster.site, number) for number in range(RUNS)]
         with written(runs):
             site = ["--site", str(cluster.folder / "site.yaml")]
@@ -67,8 +68,11 @@ class Run:
     """What its job and its workers would have left."""
 
     def __init__(self, site: Site, number: int) -> None:
+        # On use: Ray's client looks for the token when it is imported.
+        from orchestrator.ray_jobs import RayJobs
+
         config = tiny_config(
-            site.data_url("none"),
+            site.data_url("digits"),
             f"name=watched-{number}",
             f"train.global_batch_size={BATCH}",
             f"compute.workers={WORKERS}",
@@ -127,23 +131,27 @@ def share_of_core(command: list[str], seconds: float) -> float:
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "60"}
     with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
         os.close(terminal)
-        reader = threading.Thread(target=read_all, args=(shown,))
+        screen = bytearray()
+        reader = threading.Thread(target=read_all, args=(shown, screen))
         reader.start()
         time.sleep(DRAWN_SECONDS)
+        drawn = len(screen)
         before, began = psutil.Process(process.pid).cpu_times(), time.monotonic()
         time.sleep(seconds)
         after, took = psutil.Process(process.pid).cpu_times(), time.monotonic() - began
         process.terminate()
         process.wait()
         reader.join()
+    if not 0 < drawn < len(screen):
+        raise results.Failed(f"{' '.join(command)} draws nothing: {screen[-1000:].decode(errors='replace')}")
     return (after.user + after.system - before.user - before.system) / took
 
 
-def read_all(terminal: int) -> None:
+def read_all(terminal: int, screen: bytearray) -> None:
     """As a terminal does, until whoever writes has ended."""
     with contextlib.suppress(OSError):
-        while os.read(terminal, 1 << 16):
-            pass
+        while data := os.read(terminal, 1 << 16):
+            screen += data
     os.close(terminal)
 
 
