@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .bench/venv
 PEERS_READY := $(PEERS)/.ready
 
-.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-submit bench-promote bench-dashboard bench-plan bench-quality bench-laws docs lock down clean
+.PHONY: help setup quickstart check test test-fast cluster-test chaos soak bench-data bench-train bench-commit bench-recovery bench-submit bench-promote bench-dashboard bench-outage bench-plan bench-quality bench-laws docs lock down clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,9 @@ bench-promote: $(READY)  ## seconds of `vitscale promote` besides its restore te
 
 bench-dashboard: $(READY)  ## what `vitscale status --watch` takes of a core
 	$(BIN)/python -m tests.benchmarks.dashboard $(ARGS)
+
+bench-outage: $(READY)  ## what MLflow's absence costs a training step
+	$(BIN)/python -m tests.benchmarks.outage $(ARGS)
 
 bench-plan: $(READY)  ## what plans foretell of memory and time, beside what runs took
 	$(BIN)/python -m tests.benchmarks.plan $(ARGS)
