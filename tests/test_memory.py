@@ -1,5 +1,7 @@
 """What a training step is said to keep in memory, beside what torch counts."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 
 from tests.accounting import count_step
 from tests.distributed import on_ranks
+from tests.runs import CPU
 from tests.test_config import changed
 from workers.config import RunConfig, make_config
 from workers.models.memory import checkpoint_bytes, training_memory
+from workers.training.peak_memory import peak_bytes
 
 MODEL = {"size": "w96-d4-m384-h3", "image_size": 32, "patch_size": 4, "num_classes": 10}
 
@@ -118,3 +122,16 @@ def test_recomputation_keeps_less(size: str, workers: int, microbatch: int) -> N
         for mode in ("none", "selective", "full")
     )
     assert none.activations > selective.activations > full.activations
+
+
+def test_the_memory_of_readers_counts() -> None:
+    code = "data = bytearray(80_000_000); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+        reader.stdout.readline()
+        more = peak_bytes(CPU, [reader.pid]) - peak_bytes(CPU)
+        reader.stdin.close()
+    assert 80_000_000 < more < 160_000_000
+    assert peak_bytes(CPU, [reader.pid]) == peak_bytes(CPU)

@@ -92,6 +92,10 @@ class Readers:
             raise StopIteration
         return next(self._batches)
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def close(self) -> None:
         self._batches.close()
         _end(self._processes)

@@ -84,6 +84,11 @@ class TrainStream:
         self._step += 1
         return batch
 
+    @property
+    def reader_pids(self) -> list[int]:
+        """Of the processes that read and decode; those of threads none."""
+        return self._batches.pids if isinstance(self._batches, Readers) else []
+
     def close(self) -> None:
         """The threads end after the read or the batch that they are at; nobody waits for that."""
         self._batches.close()

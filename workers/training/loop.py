@@ -248,7 +248,8 @@ def _train_under(
                     if state.complete:
                         logits = saved_logits(model, config.model)
                         if events:
-                            events.write("memory", state.images_seen, peak_bytes=peak_bytes(device))
+                            peak_memory = peak_bytes(device, stream.reader_pids)
+                            events.write("memory", state.images_seen, peak_bytes=peak_memory)
                         state.commit(committer, events, metrics=evaluation_metrics(results), probe=logits)
                     else:
                         state.commit(committer, events, metrics={}, probe={})
