@@ -32,7 +32,6 @@ from workers.data.index import DatasetIndex
 from workers.data.reads import epoch_reads
 from workers.data.samples import StageTimes
 from workers.data.shares import Share, ShareSettings
-from workers.data.stream import TrainStream
 from workers.errors import ConfigError, VitscaleError
 from workers.storage import open_store
 from workers.training.inputs import make_sources
@@ -44,14 +43,8 @@ def plan_of(config: RunConfig, machine: Machine, workers: int = 1, past: list[Pa
     return make_plan(config, machine, workers=workers, data=None, num_validation=100, past=past or [])
 
 
-def test_reads_of_an_epoch_are_those_that_a_stream_makes(
-    digits_url: str, monkeypatch: pytest.MonkeyPatch, requests_for_samples: list[list[int]]
-) -> None:
-    # One batch is an epoch.
-    config = tiny_config(digits_url, "data.chunk_samples=8", "data.lanes=3", "train.global_batch_size=309")
-    index = DatasetIndex.open(config.data.url)
-    planned = epoch_reads(config, index, 2)
-    monkeypatch.setattr("workers.data.lookahead.Lookahead._may_begin", lambda *_: False)
+def read_epochs(config: RunConfig, index: DatasetIndex, workers: int, epochs: int) -> None:
+    """One rank after another, a batch of which is its part of an epoch, and nothing ahead."""
     sources = make_sources(config, [index], torch.device("cpu"))
     settings = ShareSettings(
         start_step=0,
@@ -62,10 +55,22 @@ def test_reads_of_an_epoch_are_those_that_a_stream_makes(
         cache=None,
         decode_threads=1,
     )
-    for rank in range(2):
-        share = Share(sources, [sources[0].order.slots(rank, 2)], settings, StageTimes())
-        share.rows(0)
+    for rank in range(workers):
+        share = Share(sources, [sources[0].order.slots(rank, workers)], settings, StageTimes())
+        for step in range(epochs):
+            share.rows(step)
         share.close()
+
+
+def test_reads_of_an_epoch_are_those_that_a_stream_makes(
+    digits_url: str, monkeypatch: pytest.MonkeyPatch, requests_for_samples: list[list[int]]
+) -> None:
+    # One batch is an epoch.
+    config = tiny_config(digits_url, "data.chunk_samples=8", "data.lanes=3", "train.global_batch_size=309")
+    index = DatasetIndex.open(config.data.url)
+    planned = epoch_reads(config, index, 2)
+    monkeypatch.setattr("workers.data.lookahead.Lookahead._may_begin", lambda *_: False)
+    read_epochs(config, index, workers=2, epochs=1)
     assert sum(map(len, requests_for_samples)) == index.num_samples == 309
     # Samples of a shard are taken as of one size, so what is near enough for one request differs a little.
     assert planned.gets == pytest.approx(len(requests_for_samples), rel=0.15)
@@ -77,15 +82,7 @@ def test_a_small_data_set_is_read_until_each_worker_holds_it(
     config = tiny_config(digits_url, "data.lanes=3", "train.global_batch_size=309")
     index, epochs = DatasetIndex.open(config.data.url), 3
     monkeypatch.setattr("workers.data.lookahead.Lookahead._may_begin", lambda *_: False)
-    sources = make_sources(config, [index], torch.device("cpu"))
-    for rank in range(3):
-        stream = TrainStream(
-            sources, rank=rank, world_size=3, start_step=0, image_size=8, channels=1,
-            augment=config.data.augment, prefetch_batches=1,
-        )  # fmt: skip
-        for _ in range(epochs):
-            next(stream)
-        stream.close()
+    read_epochs(config, index, workers=3, epochs=epochs)
     planned = epoch_reads(config, index, 3)
     assert planned.held_by == 3 and planned.passes(0.5) == 0.5
     asked = sum(map(len, requests_for_samples))
