@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,7 @@ from tests.runs import CPU, head_manifest, outcome, tiny_config, train_on
 from workers import outage
 from workers.config import ComputeConfig
 from workers.storage import open_store
-from workers.training import loop, watchdog_process
+from workers.training import loop, watchdog, watchdog_process
 from workers.training.hangs import describe_hangs, hang_keys
 from workers.training.progress import Progress, create_file
 from workers.training.watchdog import LONG_SECONDS, PROFILED_SECONDS, deadlines, watched
@@ -143,19 +142,19 @@ def test_a_rank_that_leaves_out_a_collective_operation(digits_url, store_url):
     assert "in barrier" in stacks
 
 
-def train_slower_and_slower(config, run_url):
+def train_slower_and_slower(config, run_url, memory):
     """From the fifth step on steps take longer than a hang of the first ones would."""
+    watchdog.MEMORY = memory
     before_steps(lambda step: time.sleep(0.4 if step < 4 else 2.5))
     loop.train(config, run_url, CPU)
 
 
-def test_a_slow_run_is_left_alone(digits_url, store_url):
+def test_a_slow_run_is_left_alone(digits_url, store_url, tmp_path):
     config = tiny_config(digits_url, "compute.hang_seconds=2", steps=6)
-    before = set(Path("/dev/shm").glob("vitscale-watchdog-*"))
-    on_ranks(2, train_slower_and_slower, config, store_url)
+    on_ranks(2, train_slower_and_slower, config, store_url, tmp_path)
     assert head_manifest(store_url).complete
     assert hang_keys(open_store(store_url)) == set()
-    assert set(Path("/dev/shm").glob("vitscale-watchdog-*")) <= before
+    assert list(tmp_path.iterdir()) == [tmp_path / "store"]
 
 
 @pytest.fixture
