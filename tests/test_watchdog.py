@@ -272,6 +272,25 @@ def test_a_stopped_process_is_found_in_any_phase(tmp_path, monkeypatch, sleeper)
     )
 
 
+def test_who_came_there_a_little_later_is_named_too(tmp_path, monkeypatch, sleeper):
+    """And if it is stopped, it alone: the other waits for it."""
+    bench = Bench(tmp_path, monkeypatch)
+    create_file(progress_file(tmp_path, 1))
+    limits = deadlines(ComputeConfig())
+    bench.watch = Watch(Task(str(tmp_path), "", 0, {0: os.getpid(), 1: sleeper.pid}, limits, 30.0))
+    for rank, after in ((0, 0), (1, 5)):
+        assert bench.first_late(after) is None
+        progress = bench.progress if rank == 0 else Progress(progress_file(tmp_path, rank))
+        progress.compiled = True
+        progress.step(1)
+    assert bench.first_late(24) is None
+    assert bench.first_late(2) is not None
+    assert re.findall(r"rank \d", bench.watch.look().describe()) == ["rank 0", "rank 1"]
+    sleeper.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+    assert re.findall(r"rank \d", bench.watch.look().describe()) == ["rank 1"]
+
+
 def test_who_ended_is_not_late_but_named(tmp_path, monkeypatch, sleeper):
     bench = Bench(tmp_path, monkeypatch)
     create_file(progress_file(tmp_path, 1))

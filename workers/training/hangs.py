@@ -21,7 +21,7 @@ class RankAtHang:
     seconds: float
     """Since it got anywhere."""
     late: bool
-    """It had the time that its phase may take."""
+    """It had most of the time that its phase may take, when some rank had had all."""
     state: str
     """Of the process, as Linux has it: R runs, S sleeps, D waits for a device, T is stopped by a signal, t by
     a debugger; GONE if it had ended."""
@@ -71,7 +71,7 @@ class Hang:
         def place(one: RankAtHang) -> tuple[bool, bool, int, int]:
             return not one.is_gone, not one.is_stopped, one.step, PHASES.index(one.phase)
 
-        candidates = [one for one in self.ranks if one.late or one.is_gone]
+        candidates = [one for one in self.ranks if one.late or one.is_gone or one.is_stopped]
         first = min(map(place, candidates))
         return [one for one in candidates if place(one) == first]
 

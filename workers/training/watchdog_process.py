@@ -34,6 +34,8 @@ SLOWER = 10
 """Times the mean of the steps before: no step takes that long."""
 SECOND_SLOWER = 2
 """Times the first one, in which all was compiled: nor does the second."""
+LATE_TOO = 0.75
+"""Of its limit, when another rank is late: who waits for it may have come to that point a little sooner."""
 STACKS_SECONDS = 3.0
 """For ranks to write their stacks, milliseconds in general."""
 UPLOAD_SECONDS = 10.0
@@ -188,12 +190,14 @@ class Watch:
     def _standing(self, rank: int) -> Standing:
         return read_standing(progress_file(self._folder, rank))
 
-    def _is_late(self, seen: Seen) -> bool:
+    def _is_late(self, seen: Seen, share: float = 1.0) -> bool:
+        """Whether it has had this share of its time."""
         if seen.standing.phase == "end" or seen.process.is_gone:
             return False  # the others wait for it in vain, and are late
-        if seen.stopped_since is not None and self._clock - seen.stopped_since >= self._task.hang_seconds:
+        hang_seconds = share * self._task.hang_seconds
+        if seen.stopped_since is not None and self._clock - seen.stopped_since >= hang_seconds:
             return True
-        return self._clock - seen.since >= self._limit(seen.standing)
+        return self._clock - seen.since >= share * self._limit(seen.standing)
 
     def _limit(self, standing: Standing) -> float:
         slow = SLOWER * standing.step_seconds or SECOND_SLOWER * standing.first_seconds
@@ -206,7 +210,7 @@ class Watch:
             phase=seen.standing.phase,
             step=seen.standing.step,
             seconds=round(self._clock - seen.since, 1),
-            late=self._is_late(seen),
+            late=self._is_late(seen, LATE_TOO),
             state=seen.process.state,
             waits_in=seen.process.waits_in,
         )
