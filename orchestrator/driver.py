@@ -3,11 +3,17 @@
 python -P -m orchestrator.driver RUNS_URL SPEC_DIGEST JOB_ID
 """
 
+import gc
+import sys
+
+if __name__ == "__main__":
+    # To look through all that the imports bring, again and again, takes a fifth of their time.
+    gc.disable()
+
 import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -309,4 +315,6 @@ def _as_ours(error: BaseException) -> VitscaleError:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ from workers.training.metrics import EventReader
 
 DEADLINE = 20.0
 """Seconds from the announcement until the node is killed."""
-STEPS = 600
+STEPS, SHORT_STEPS = 600, 400
 """So many that the run still goes on when Ray has heard of it: its command alone takes seconds."""
 RAY = [sys.executable, str(Path(ray_node.__file__))]
 
@@ -79,7 +79,7 @@ class Node:
 
 def drains(lab: Lab) -> Iterator[str]:
     with LocalCluster(lab.new_folder("site"), num_cpus=2) as cluster:
-        number = 0
+        number, steps = 0, SHORT_STEPS if lab.short else STEPS
         while True:
             number += 1
             config = tiny_config(
@@ -87,9 +87,9 @@ def drains(lab: Lab) -> Iterator[str]:
                 "compute.workers={min: 2, max: 3}",
                 "train.global_batch_size=12",
                 "data.lanes=12",
-                f"train.images={STEPS * 12}",
+                f"train.images={steps * 12}",
                 f"train.checkpoint_every_images={5 * BATCH}",
-                f"train.eval_every_images={STEPS * 12}",
+                f"train.eval_every_images={steps * 12}",
                 "train.log_every_images=12",
                 "train.probe_images=0",
                 "compute.drill.record_batches=true",

@@ -16,7 +16,7 @@ from workers.storage import open_store
 from workers.training.commits import CommitLog
 from workers.training.control import request_stop
 
-STEPS = 120
+STEPS, SHORT_STEPS = 120, 60
 SHORT_FAULTS = 2
 """Of a run of the shortened set, which then comes to its end: only that tells its result."""
 FAULTS = ("kill", "stop", "zombie", "outage")
@@ -24,12 +24,13 @@ FAULTS = ("kill", "stop", "zombie", "outage")
 
 
 def soak(lab: Lab) -> Iterator[str]:
+    steps = SHORT_STEPS if lab.short else STEPS
     config = tiny_config(
         lab.data,
         f"train.checkpoint_every_images={4 * BATCH}",
-        f"train.eval_every_images={STEPS * BATCH}",
+        f"train.eval_every_images={steps * BATCH}",
         "train.probe_images=0",
-        steps=STEPS,
+        steps=steps,
     )
     undisturbed = lab.new_url("undisturbed")
     train_on(2, config, undisturbed)
