@@ -88,7 +88,7 @@ def ceph(tmp_path: Path) -> Iterator[Clients]:
 
 
 def client(service: str, endpoint: str, access_key: str, secret_key: str):
-    return boto3.client(
+    return boto3.Session().client(
         service,
         endpoint_url=endpoint,
         region_name="us-east-1",
