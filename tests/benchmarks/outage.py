@@ -9,15 +9,12 @@ by when their points were noted; those of an outage are compared with those just
 """
 
 import argparse
-import contextlib
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +27,7 @@ from orchestrator.job import JobSpec, run_url
 from pipelines.ingest import ingest
 from tests.benchmarks import results
 from tests.chaos.tracking import EXPERIMENT, Mlflow, await_point, driver
+from tests.distributed import Ranks
 from tests.fault_proxy import FaultProxy
 from tests.runs import tiny_config, train_rank
 from workers.config import RunConfig
@@ -92,7 +90,7 @@ def steps_by_turns(folder: Path, outages: int, seconds: float) -> list[Turn]:
             runs = (folder / "runs").as_uri()
             spec = JobSpec(configs=(config,), runs=runs, mlflow=door.url, experiment=EXPERIMENT)
             url = run_url(runs, config)
-            with driver(spec) as teller, training(config, url) as trainer:
+            with driver(spec) as teller, Ranks(1, train, config, url) as trainer:
                 await_point(mlflow.uri, config, trainer)
                 spans = [span(seconds, teller.pid)]
                 for _ in range(outages):
@@ -100,6 +98,7 @@ def steps_by_turns(folder: Path, outages: int, seconds: float) -> list[Turn]:
                         spans.append(span(seconds, teller.pid))
                     spans.append(span(seconds, teller.pid))
                 teller.kill()
+                assert trainer.alive()
     finally:
         mlflow.kill()
     events = EventReader(open_store(url)).read()
@@ -107,37 +106,9 @@ def steps_by_turns(folder: Path, outages: int, seconds: float) -> list[Turn]:
     return [Turn(median_step(times, begin, end), used / (end - begin)) for begin, end, used in spans]
 
 
-class Trainer:
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-
-    def alive(self) -> bool:
-        if self._process.poll() is not None:
-            assert self._process.stderr is not None
-            raise results.Failed(self._process.stderr.read()[-1000:])
-        return True
-
-
-@contextlib.contextmanager
-def training(config: RunConfig, url: str) -> Iterator[Trainer]:
-    command = [sys.executable, "-m", "tests.benchmarks.outage", "train", url]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {TRAINER_CORE}),
-    ) as process:
-        assert process.stdin is not None
-        process.stdin.write(config.model_dump_json())
-        process.stdin.close()
-        trainer = Trainer(process)
-        try:
-            yield trainer
-            assert trainer.alive()
-        finally:
-            process.kill()
+def train(config: RunConfig, url: str) -> None:
+    os.sched_setaffinity(0, {TRAINER_CORE})
+    train_rank(config, url)
 
 
 def span(seconds: float, driver_pid: int) -> tuple[float, float, float]:
@@ -180,7 +151,4 @@ def report(turns: Sequence[Turn]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["train"]:
-        train_rank(RunConfig.model_validate_json(sys.stdin.read()), sys.argv[2])
-    else:
-        main()
+    main()
