@@ -20,7 +20,7 @@ from pipelines.progress import JobProgress, Ticks
 from pipelines.recipes import RECIPES, read_facts
 from workers.config import RunConfig, make_config
 from workers.config_text import override, read_yaml
-from workers.data.index import DatasetIndex
+from workers.data.index import open_pinned
 from workers.errors import ConfigError, VitscaleError
 from workers.storage import join_url, open_store
 
@@ -56,7 +56,8 @@ def read_config(
         raise ConfigError(f"{source!r} is neither a file nor a recipe; recipes: {', '.join(RECIPES)}")
     if data is not None:
         urls = {"url": join_url(data, "train"), "validation_url": join_url(data, "val")}
-        overrides = [*(f"data.{field}={json.dumps(url)}" for field, url in urls.items()), *overrides]
+        there = urls | {"fingerprint": None, "validation_fingerprint": None}
+        overrides = [*(f"data.{field}={json.dumps(value)}" for field, value in there.items()), *overrides]
     return _resolve(make_config(override(values, overrides)))
 
 
@@ -166,20 +167,22 @@ def submit(site: Site, spec: JobSpec) -> Supervisor:
 
 def _resolve(config: RunConfig) -> RunConfig:
     """With fingerprints and the number of classes as the data's indexes have them."""
-    index = DatasetIndex.open(config.data.url)
-    validation = DatasetIndex.open(config.data.validation_url)
+    data = config.data
+    index = open_pinned("data.fingerprint", data.url, data.fingerprint)
+    validation = open_pinned("data.validation_fingerprint", data.validation_url, data.validation_fingerprint)
     if not index.classes or not validation.classes:
         raise ConfigError(
             f"{index.source}, {validation.source}: indexed without labels; run `vitscale index` with --label"
         )
     if config.model.num_classes not in (0, len(index.classes)):
         raise ConfigError(
-            f"model.num_classes is {config.model.num_classes}, but {config.data.url} has {len(index.classes)}"
+            f"model.num_classes is {config.model.num_classes}, but {data.url} has {len(index.classes)}"
         )
     values = config.model_dump(mode="json")
     values["model"]["num_classes"] = len(index.classes)
     values["data"]["fingerprint"] = index.fingerprint
-    for source in values["data"]["mix"]:
-        source["fingerprint"] = DatasetIndex.open(source["url"]).fingerprint
+    for number, source in enumerate(values["data"]["mix"]):
+        pinned = open_pinned(f"data.mix.{number}.fingerprint", source["url"], source["fingerprint"])
+        source["fingerprint"] = pinned.fingerprint
     values["data"]["validation_fingerprint"] = validation.fingerprint
     return make_config(values)

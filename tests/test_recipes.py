@@ -1,7 +1,9 @@
 """Recipes: complete configurations for any data set, and what fine-tuning takes from its parent."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.children import FineTuning
+from pipelines.pretrain import read_config
 from pipelines.published import AUGREG_LEVELS, augreg
 from pipelines.recipes import RECIPES, DataFacts, describe, fine_tune, fork_cooldown, read_facts
 from tests.conftest import TINY_CLASSES, make_png, make_tar
@@ -324,3 +327,23 @@ def test_facts_are_read_from_both_indexes(store_url: str) -> None:
     write_split(store_url, "val", 2, ("light", "dark"))
     with pytest.raises(ConfigError, match=f"{store_url}/val name different classes"):
         read_facts(store_url)
+
+
+def test_a_configuration_is_for_the_data_that_it_names(store_url: str, tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 2)):
+        write_split(store_url, split, count, TINY_CLASSES)
+    config = read_config("vit-digits", store_url, [])
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config.model_dump(mode="json")))
+    assert read_config(str(file), None, []) == config
+    pinned, validation = config.data.fingerprint, config.data.validation_fingerprint
+    write_split(store_url, "train", 7, TINY_CLASSES)
+    with pytest.raises(ConfigError, match=rf"data\.fingerprint is {pinned}, but {store_url}/train has"):
+        read_config(str(file), None, [])
+    write_split(store_url, "val", 3, TINY_CLASSES)
+    with pytest.raises(ConfigError, match=rf"data\.validation_fingerprint is {validation}, but"):
+        read_config(str(file), None, ["data.fingerprint=null"])
+    mixed = json.dumps([{"url": f"{store_url}/val", "fingerprint": pinned}])
+    with pytest.raises(ConfigError, match=r"data\.mix\.0\.fingerprint is"):
+        read_config("vit-digits", store_url, [f"data.mix={mixed}"])
+    assert read_config(str(file), store_url, []).data == read_config("vit-digits", store_url, []).data

@@ -68,7 +68,8 @@ class DataConfig(Part):
     validation_url: str
     """Validation shards, likewise."""
     fingerprint: str | None = None
-    """Filled in from the index when a run is made; identifies the data wherever it lies."""
+    """Of the index, which must say the same; identifies the data wherever it lies. None: filled in when a run
+    is made."""
     validation_fingerprint: str | None = None
     image_key: str | None = None
     """Extensions of a sample's image, such as "jpg;png"; None: as the data was indexed. Otherwise the index

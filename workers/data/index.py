@@ -190,6 +190,18 @@ class DatasetIndex:
         return Pages()
 
 
+def open_pinned(field: str, url: str, expected: str | None) -> DatasetIndex:
+    """ConfigError if it has another fingerprint than `field` of a configuration says; None says any."""
+    index = DatasetIndex.open(url)
+    if expected not in (None, index.fingerprint):
+        raise ConfigError(
+            f"{field} is {expected}, but {url} has {index.fingerprint}: the data changed since "
+            "the configuration was made, or is other data; restore it, or set the field to null to take "
+            "what is there"
+        )
+    return index
+
+
 def fingerprint(classes: Sequence[str], shards: ShardTable) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, list(classes)]).encode())
     for piece in shards.content():

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from workers.config import DataConfig, RunConfig
-from workers.data.index import DatasetIndex
+from workers.data.index import DatasetIndex, open_pinned
 from workers.data.mixture import Source, make_order, share_out
 from workers.data.samples import Cache, check_cache
 from workers.data.subset import Subset, build_subset
@@ -46,12 +46,12 @@ def cache_of(config: RunConfig) -> Cache | None:
 def open_data(config: RunConfig) -> tuple[list[DatasetIndex], DatasetIndex]:
     """The indexes of the training sources, `data.url` first, and of the validation set."""
     data = config.data
-    indexes = [_open("data.fingerprint", data.url, data.fingerprint)]
+    indexes = [open_pinned("data.fingerprint", data.url, data.fingerprint)]
     indexes += [
-        _open(f"data.mix.{number}.fingerprint", source.url, source.fingerprint)
+        open_pinned(f"data.mix.{number}.fingerprint", source.url, source.fingerprint)
         for number, source in enumerate(data.mix)
     ]
-    validation = _open("data.validation_fingerprint", data.validation_url, data.validation_fingerprint)
+    validation = open_pinned("data.validation_fingerprint", data.validation_url, data.validation_fingerprint)
     for index in (*indexes, validation):
         index.check_layout(data.image_key, data.label)
         if not index.classes:
@@ -88,16 +88,6 @@ def make_sources(config: RunConfig, indexes: list[DatasetIndex], device: torch.d
         order = make_order(data, samples, config.seed)
         sources.append(Source.of(samples, order, count, max_bad_fraction=data.max_bad_fraction))
     return sources
-
-
-def _open(field: str, url: str, expected: str | None) -> DatasetIndex:
-    index = DatasetIndex.open(url)
-    if expected not in (None, index.fingerprint):
-        raise ConfigError(
-            f"{field} is {expected}, but the data there has {index.fingerprint}: it changed since the "
-            "configuration was made; restore it, or make a new configuration"
-        )
-    return index
 
 
 def _subset(index: DatasetIndex, data: DataConfig, device: torch.device) -> Subset:
