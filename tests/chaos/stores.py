@@ -72,7 +72,8 @@ def outage(
     lab: Lab, config: RunConfig, url: str, store: ProxiedStore, seconds: float, undisturbed: str
 ) -> str:
     """At some moment of the run the store is away."""
-    seq, over = lab.random.randint(0, 5), threading.Event()
+    # Before the last of six commits, so that the run has to write meanwhile.
+    seq, over = lab.random.randint(0, 4), threading.Event()
 
     def go_away() -> None:
         log = CommitLog(open_store(url))
