@@ -32,13 +32,15 @@ class PipelineRun:
         tracking = Tracking(self._uri, self._experiment)
         run_id = tracking.open_run(self._name, tags={"vitscale.stage": "pipeline"})
         with mlflow_errors(tracking.name):
-            logged = tracking.client.get_run(run_id).data.params
+            there = tracking.client.get_run(run_id).data
             params = [
                 Param(name, str(value)[:MAX_PARAM])
                 for name, value in flatten(self._values).items()
-                if name not in logged and value is not None
+                if name not in there.params and value is not None
             ]
-            told = [RunTag(name, value[:MAX_PARAM]) for name, value in tags.items()]
+            told = [
+                RunTag(name, value[:MAX_PARAM]) for name, value in tags.items() if value or name in there.tags
+            ]
             told.append(RunTag(DESCRIPTION_TAG, description[:MAX_DESCRIPTION]))
             tracking.client.log_batch(run_id, params=params, tags=told)
             for child in filter(None, map(tracking.find_run, children)):

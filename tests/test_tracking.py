@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
+from orchestrator.pipeline_run import PipelineRun
 from orchestrator.site import Site
 from orchestrator.tracking import BATCH, RUN_TAG, Drain, Tracking, flatten
 from tests.test_config import VALUES, changed
@@ -450,3 +451,31 @@ def test_points_sent_twice_are_in_mlflow_once(services: Site) -> None:
     assert [point.step for point in history] == [0, 1, 2]
     assert history[2].value != history[2].value
     assert [file.path for file in tracking.client.list_artifacts(run_id)] == ["confusion.json"]
+
+
+@pytest.mark.services
+def test_a_pipeline_is_a_run_above_those_that_its_stages_train(services: Site) -> None:
+    tracking = Tracking(services.mlflow, "test-pipeline")
+    trained, elsewhere = tracking.open_run("toy-5"), tracking.open_run("toy-6", parent="another")
+    pipeline = PipelineRun(
+        services.mlflow, "test-pipeline", "pipeline-toy", {"stages": {"a": {"train": "toy"}}}
+    )
+    waits = {"stage.a.state": "waiting", "stage.a.version": "", "stage.a.about": "toy"}
+    pipeline.tell(waits, "| a | waiting |", "RUNNING", ["toy-5", "toy-6", "not-there-yet"])
+    run_id = tracking.find_run("pipeline-toy")
+    assert run_id is not None
+    run = tracking.client.get_run(run_id)
+    assert run.info.status == "RUNNING" and run.data.params == {"stages.a.train": "toy"}
+    # What is not known yet is no tag: a page full of empty ones hides the others.
+    stages = {name: value for name, value in run.data.tags.items() if name.startswith("stage.")}
+    assert stages == {"stage.a.state": "waiting", "stage.a.about": "toy"}
+    parents = [
+        tracking.client.get_run(child).data.tags["mlflow.parentRunId"] for child in (trained, elsewhere)
+    ]
+    assert parents == [run_id, "another"]
+    done = {"stage.a.state": "done", "stage.a.version": "toy/1", "stage.a.about": ""}
+    pipeline.tell(done, "| a | done |", "FINISHED", ["toy-5"])
+    run = tracking.client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert {name: value for name, value in run.data.tags.items() if name.startswith("stage.")} == done
+    assert run.data.tags["mlflow.note.content"] == "| a | done |"
