@@ -50,6 +50,11 @@ from workers.storage import ensure_bucket, open_store, probe
 
 LABELS: dict[ServiceName, str] = {"object-store": "object store", "mlflow": "MLflow", "ray": "Ray"}
 RUNS_BUCKET = "s3://vitscale-runs"
+OWN = (
+    *("s3_region", "promotion_key_file", "promotion_public_key_file", "ca_file", "webhook_file", "wheel"),
+    *("insecure", "autoscaling"),
+)
+"""Fields of the site file that only people write; `up` leaves them as they are."""
 START_SECONDS = 240
 BUSY_SECONDS = 10
 """How long a service whose processes live may fail to answer before it counts as unhealthy."""
@@ -91,9 +96,12 @@ def up(
         state = State.load(directory)
         _end_unhealthy(directory, state, progress)
         ports = _choose_ports(state, asked, progress)
-        site = make_site(directory, object_store, ports)
+        site, path = make_site(directory, object_store, ports), directory / "site.yaml"
+        before = Site.load(path) if path.exists() else None
+        if before is not None:
+            site = site.model_copy(update={name: getattr(before, name) for name in OWN})
         if object_store.startswith("http"):
-            site = _settle_runs(directory, site, progress)
+            site = _settle_runs(site, before, progress)
         cpus = num_cpus or running_cpus(state.services.get("ray"))
         daemons = make_daemons(directory, site, ports, cpus, progress)
         _end_changed(directory, state, daemons, progress)
@@ -102,7 +110,8 @@ def up(
             _start(directory, state, missing, progress)
         else:
             progress("all services are up: " + ", ".join(daemon.url for daemon in daemons))
-        site.save(directory / "site.yaml")
+        if site != before:
+            site.save(path)
     return site
 
 
@@ -152,10 +161,8 @@ def _usable_store(directory: Path, wish: str, s3_port: int | None, progress: Pro
     return wish
 
 
-def _settle_runs(directory: Path, site: Site, progress: Progress) -> Site:
+def _settle_runs(site: Site, before: Site | None, progress: Progress) -> Site:
     """On somebody's own S3 server runs live there, too, if it creates once atomically; asked once."""
-    path = directory / "site.yaml"
-    before = Site.load(path) if path.exists() else None
     if before is not None and before.s3_endpoint == site.s3_endpoint:
         return site.model_copy(update={"runs": before.runs})
     environment = os.environ | site.environment()

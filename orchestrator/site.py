@@ -35,7 +35,8 @@ FILES = (
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE", "SSL_CERT_FILE")
 """Of the clients of Ray and MLflow, of boto3, and of Python's own."""
 HEADER = """\
-# Where the services of this project are. `vitscale up` writes this file; for a cluster, write it by hand.
+# Where the services of this project are. `vitscale up` writes this file and keeps the fields that you add;
+# for a cluster, write it by hand.
 # No secret belongs in it: credentials are in the files that it names, or in your own AWS configuration.
 """
 

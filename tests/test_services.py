@@ -34,8 +34,10 @@ from orchestrator.processes import (
     is_free,
     launch,
     port_holder,
+    write_file,
 )
 from orchestrator.services import down, status, up
+from orchestrator.site import Site
 from orchestrator.swift_plugin import Cache, filter_factory
 from workers.errors import ConfigError, VitscaleError
 
@@ -205,6 +207,29 @@ def test_a_usual_port_that_is_taken_gives_way_and_the_last_one_is_kept(listener,
 def test_a_wrong_argument_is_named(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
         up(tmp_path, progress=lambda _: None, **arguments)
+
+
+def test_what_people_wrote_into_the_site_file_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(services, "make_daemons", lambda *_: [])
+    ports: set[int] = set()
+    while len(ports) < 3:
+        ports.add(free_port(ports))
+    mlflow, ray, other = ports
+    settings = {"object_store": "file", "ray_port": ray, "progress": lambda _: None}
+    up(tmp_path, mlflow_port=mlflow, **settings)
+    path, key = tmp_path / "site.yaml", tmp_path / "key.pem"
+    write_file(key, "a key")
+    ours = f"{path.read_text()}# Of the vision team.\nautoscaling: true\npromotion_key_file: key.pem\n"
+    path.write_text(ours)
+    site = up(tmp_path, mlflow_port=mlflow, **settings)
+    assert (site.autoscaling, site.promotion_key_file) == (True, key)
+    assert path.read_text() == ours
+    site = up(tmp_path, mlflow_port=other, **settings)
+    assert Site.load(path) == site
+    assert (site.mlflow, site.promotion_key_file) == (f"http://127.0.0.1:{other}", key)
+    key.unlink()
+    with pytest.raises(ConfigError, match=r"site\.yaml: field `promotion_key_file`"):
+        up(tmp_path, mlflow_port=mlflow, **settings)
 
 
 def test_where_swift_cannot_run_plain_folders_serve(tmp_path, monkeypatch):
