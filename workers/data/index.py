@@ -225,7 +225,10 @@ def read_header(store: Store, location: Location) -> dict[str, Any]:
         header = json.loads(store.read(f"{location.home}/index.json"))
         version = int(header["format"])
     except NotFound:
-        raise DataError(f"{location.source} is not indexed: no {where}; {again}") from None
+        raise DataError(
+            f"{location.source} is not indexed: no {where}; if the address is right and shards are there, "
+            f"{again}"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{where} is damaged; {again}") from None
     if version > FORMAT:
