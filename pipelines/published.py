@@ -12,6 +12,8 @@ from pipelines.facts import DataFacts
 from workers.config import AugmentConfig, ComputeConfig, OptimConfig, RunConfig, TrainConfig
 from workers.model_config import ModelConfig
 
+LANES = 64
+"""So many workers at most, or 8 with 8 readers each; which then look 256 MB ahead."""
 INCEPTION_MIN_SCALE = 0.05
 """Of the "inception crop" of TensorFlow: 5 to 100 % of the area."""
 
@@ -56,7 +58,7 @@ def vit_paper(size: str, data: DataFacts, *, epochs: float = 300) -> RunConfig:
     return RunConfig(
         name=f"vit-paper-{size}-in1k",
         model=_vit(size, data, hidden_head=True, dropout=0.1),
-        data=data.config(AugmentConfig(min_scale=INCEPTION_MIN_SCALE)),
+        data=data.config(AugmentConfig(min_scale=INCEPTION_MIN_SCALE), lanes=LANES),
         optim=OptimConfig(learning_rate=3e-3, weight_decay=0.3, warmup_images=_warmup(images, 4096)),
         train=_train(images, data, 4096),
         compute=_gpus(),
@@ -80,7 +82,8 @@ def vit_in1k(size: str, data: DataFacts, *, epochs: float = 90) -> RunConfig:
                 rand_augment_layers=2,
                 rand_augment_magnitude=_magnitude(10),
                 mixup=0.2,
-            )
+            ),
+            lanes=LANES,
         ),
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1, warmup_images=_warmup(images, 1024)),
         train=_train(images, data, 1024),
@@ -106,7 +109,8 @@ def augreg(size: str, data: DataFacts, *, epochs: float = 300, level: str | None
                 rand_augment_layers=layers,
                 rand_augment_magnitude=_magnitude(magnitude),
                 mixup=mixup,
-            )
+            ),
+            lanes=LANES,
         ),
         optim=OptimConfig(learning_rate=1e-3, weight_decay=0.1, warmup_images=_warmup(images, 4096)),
         train=_train(images, data, 4096),
@@ -136,7 +140,9 @@ def deit3(size: str, data: DataFacts, *, epochs: float = 800) -> RunConfig:
             drop_path=drop_path,
             drop_path_uniform=True,
         ),
-        data=data.config(AugmentConfig(three_augment=True, color_jitter=0.3, mixup=0.8, cutmix=1.0)),
+        data=data.config(
+            AugmentConfig(three_augment=True, color_jitter=0.3, mixup=0.8, cutmix=1.0), lanes=LANES
+        ),
         optim=OptimConfig(
             optimizer="lamb",
             learning_rate=rate,

@@ -448,7 +448,8 @@ def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant:
         (
             "train.global_batch_size",
             60,
-            "train.global_batch_size 60 is not a multiple of data.lanes 8; 64 would be",
+            "train.global_batch_size 60 is not a multiple of data.lanes 8; 64 would be, or set "
+            "data.lanes to a divisor of it",
         ),
         ("compute.workers", {"min": 2, "max": 9}, "compute.workers 9 exceeds data.lanes 8; raise data.lanes"),
         ("compute.workers", {"min": 4, "max": 3}, "compute.workers: min 4 exceeds max 3"),

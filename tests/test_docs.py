@@ -1,5 +1,6 @@
 """What the documentation says is there: commands and options, links, files, fields; all pages are found."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -8,8 +9,13 @@ import typer
 from typer.main import get_command
 
 from pipelines.cli import app
+from pipelines.recipes import RECIPES
 from tests import pages, reference_docs
 from tests.pages import DOCS, PAGES, ROOT, Command
+from tests.test_recipes import FACTS
+from workers.config import make_config
+from workers.config_text import override
+from workers.errors import ConfigError
 
 CONSOLE = [command for page in PAGES for command in pages.console(page)]
 INLINE = [command for page in PAGES for command in pages.inline(page)]
@@ -43,10 +49,20 @@ def _filled(words: list[str]) -> list[str]:
     return [re.sub(r"^[A-Z]+$", "1", word) for word in words]
 
 
+def recipe(command: Command) -> str:
+    """That the command trains with; empty if it has none."""
+    return next((word for word in command.words[2:] if word in RECIPES), "")
+
+
+def settings(command: Command) -> list[str]:
+    return [after for word, after in itertools.pairwise(command.words) if word == "--set"]
+
+
 def test_the_pages_are_read() -> None:
     """So that nothing passes because nothing was found."""
     assert len(OURS) > 50 and len(INLINE) > 50
     assert {command.page for command in OURS} > {"README.md", "docs/cluster.md", "docs/deploy.md"}
+    assert sum(bool(recipe(command) and settings(command)) for command in [*OURS, *INLINE]) >= 5
     assert sum(len(pages.links(page)) for page in PAGES) > 30
     assert sum(len(pages.files(page)) for page in PAGES) > 60
     assert sum(len(pages.fields(page)) for page in PAGES) > 30
@@ -75,6 +91,18 @@ def test_a_command_of_a_block_is_one_that_can_be_given(command: Command) -> None
 @pytest.mark.parametrize("command", [c for c in INLINE if c.words[0] == "vitscale"], ids=str)
 def test_a_command_in_the_text_is_there_with_its_options(command: Command) -> None:
     assert problem(command, whole=False) == ""
+
+
+@pytest.mark.parametrize("command", [c for c in [*OURS, *INLINE] if recipe(c)], ids=str)
+def test_what_a_command_sets_is_possible_with_its_recipe(command: Command) -> None:
+    values = RECIPES[recipe(command)](FACTS).model_dump(mode="json")
+    make_config(override(values, settings(command)))
+
+
+def test_a_setting_that_is_not_possible_would_be_told() -> None:
+    command = Command("x", ("vitscale", "train", "vit-digits", "--set", "compute.workers=9"))
+    with pytest.raises(ConfigError, match=r"compute\.workers 9 exceeds"):
+        make_config(override(RECIPES[recipe(command)](FACTS).model_dump(mode="json"), settings(command)))
 
 
 @pytest.mark.parametrize("command", [c for c in [*CONSOLE, *INLINE] if c.words[:1] == ("make",)], ids=str)

@@ -312,7 +312,7 @@ class RunConfig(Part):
         if batch % lanes:
             raise ValueError(
                 f"train.global_batch_size {batch} is not a multiple of data.lanes {lanes}; "
-                f"{-(-batch // lanes) * lanes} would be"
+                f"{-(-batch // lanes) * lanes} would be, or set data.lanes to a divisor of it"
             )
         if self.data.mix and self.data.subset is not None:
             raise ValueError("data.subset: takes no data.mix; a subset is one of a single data set")
