@@ -14,6 +14,7 @@ from ray.job_submission import JobDetails, JobStatus
 from orchestrator.exposure import refuse_exposed
 from orchestrator.site import Site
 from workers.errors import DataError, root_cause
+from workers.storage import Unavailable
 
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30.0
@@ -122,7 +123,8 @@ class RayJobs:
         except (OSError, RuntimeError) as error:
             # After a traceback of the server's, the last line says what happened.
             reason = str(root_cause(error)).strip().rpartition("\n")[2]
-            raise DataError(
+            refused = isinstance(error, RuntimeError) and "status code 4" in str(error)
+            raise (DataError if refused else Unavailable)(
                 f"Ray at {self._site.ray} cannot be reached or refuses ({reason}); is it up? `vitscale up`"
             ) from error
 

@@ -68,16 +68,18 @@ def train(site: Site, config: RunConfig, *, register_as: str, label: str, consol
 
 
 def train_all(
-    site: Site, runs: Sequence[tuple[RunConfig, str]], *, label: str, console: Console
+    site: Site, runs: Sequence[tuple[RunConfig, str]], *, label: str, console: Console, detach: bool = False
 ) -> "list[Version]":
-    """Likewise for several runs, each with the name of its model: one job, whose worker groups they share."""
+    """Likewise for several runs, each with the name of its model: one job, whose worker groups they share.
+
+    `detach`: an interrupt leaves the job running."""
     # On use: MLflow and torch take seconds, and who only submits needs neither.
     from orchestrator.registry import open_registry
 
     registry = open_registry(site)
     found = find_versions(registry, site, runs)
     if None in found:
-        run_job(site, make_spec(site, runs, label), label, console)
+        run_job(site, make_spec(site, runs, label), label, console, detach=detach)
         found = find_versions(registry, site, runs)
     versions = [version for version in found if version is not None]
     assert len(versions) == len(runs), "the driver registers what it completes"
@@ -121,8 +123,11 @@ def run_job(
     label: str,
     console: Console,
     shown: AbstractContextManager[Ticks] | None = None,
+    *,
+    detach: bool = False,
 ) -> None:
-    """Start the job, or join it if it is running already, and see it through; an interrupt stops it.
+    """Start the job, or join it if it is running already, and see it through; an interrupt stops it, unless
+    it is to be left alone (`detach`).
 
     Drivers and clusters that are lost meanwhile are replaced, as `vitscale supervise` does. `shown` hears how
     it goes, by default a bar.
@@ -137,6 +142,8 @@ def run_job(
                     interrupts.wait(POLL_SECONDS)
                 progress.tick(supervisor.job, "")
     except KeyboardInterrupt:
+        if detach:
+            raise
         console.print(f"  stopping {label}; the same command goes on from its last commit")
         wish(open_store(spec.runs), spec.digest, running=False)
         Cluster(site).stop(spec)

@@ -10,22 +10,22 @@ from typing import Protocol
 
 from rich.console import Console
 
-from orchestrator.job import JobSpec
+from orchestrator.job import JobSpec, find_spec
 from orchestrator.job_records import find_wish
 from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
-from orchestrator.supervisor import Supervisor
+from orchestrator.supervisor import Stopped, Supervisor
 from orchestrator.versions import Version
 from pipelines.finetune import Tuning, finetune_configs, name_children, sweep_label
 from pipelines.interrupts import Interrupts
 from pipelines.pipeline.file import Pipeline
-from pipelines.pipeline.run import new_states, run
+from pipelines.pipeline.run import new_states, plan, run
 from pipelines.pipeline.show import shown
 from pipelines.pipeline.tell import teller
 from pipelines.pretrain import find_versions, make_spec, submit
 from workers.config import RunConfig
-from workers.errors import ConfigError, DataError, VitscaleError
-from workers.storage import open_store
+from workers.errors import ConfigError, VitscaleError
+from workers.storage import Unavailable, open_store
 
 Tell = Callable[[str], None]
 
@@ -37,15 +37,35 @@ class Plan(Protocol):
         """Do what is not done and can be done now, and say how it stands."""
 
 
+class Jobs:
+    """Those of a watch, which waits for none."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._supervisors: dict[str, Supervisor] = {}
+        """By their specifications' digests."""
+
+    def look(self, spec: JobSpec, command: str) -> tuple[Supervisor, bool]:
+        """After a job that somebody has asked for, and whether it is done; one that died is started again.
+
+        Stopped if somebody has stopped it: `command` goes on. What it has failed of for good, at each look,
+        until somebody asks for it anew."""
+        found = find_wish(open_store(spec.runs), spec.digest)
+        if found is not None and not found.running:
+            why = f"stopped: {found.reason}" if found.reason else "stopped by somebody"
+            raise Stopped(f"{why}; {command} goes on")
+        supervisor = self._supervisors.pop(spec.digest, None) or Supervisor(self._site, spec)
+        done = supervisor.step()
+        self._supervisors[spec.digest] = supervisor
+        return supervisor, done
+
+
 class FineTune:
     """Children of the holder, trained by a job that this starts and keeps alive without waiting for it."""
 
     def __init__(self, site: Site, tuning: Tuning, register_as: str | None) -> None:
         self._site, self._tuning, self._register_as = site, tuning, register_as
-        self._jobs: dict[str, Supervisor] = {}
-        """By their specifications' digests; those that have failed for good, too, so that they are not
-        judged again."""
-        self._failed: dict[str, str] = {}
+        self._jobs = Jobs(site)
         self._configs: dict[str, list[RunConfig]] = {}
         """By the holder's digest."""
 
@@ -59,24 +79,18 @@ class FineTune:
         if len(children) == len(runs):
             return f"has its children: {', '.join(children)}"
         label = sweep_label(configs)
-        spec = make_spec(self._site, runs, label)
-        return f"{label}: {self._failed.get(spec.digest) or self._keep_alive(spec)}"
+        return f"{label}: {self._keep_alive(make_spec(self._site, runs, label))}"
 
     def _keep_alive(self, spec: JobSpec) -> str:
         """Start it, unless somebody has stopped it, or see how it stands."""
-        found = find_wish(open_store(spec.runs), spec.digest)
-        if found is not None and not found.running:
-            why = f"stopped: {found.reason}" if found.reason else "stopped by somebody"
-            return f"{why}; `vitscale finetune` with the same options goes on"
-        supervisor = self._jobs.get(spec.digest)
-        if supervisor is None:
-            supervisor = submit(self._site, spec) if found is None else Supervisor(self._site, spec)
-            self._jobs[spec.digest] = supervisor
+        if find_wish(open_store(spec.runs), spec.digest) is None:
+            submit(self._site, spec)
         try:
-            done = supervisor.step()
+            supervisor, done = self._jobs.look(spec, "`vitscale finetune` with the same options")
+        except Stopped as error:
+            return str(error)
         except VitscaleError as error:
-            self._failed[spec.digest] = f"failed: {error}"
-            return self._failed[spec.digest]
+            return f"failed: {error}"
         if done:
             return "done, but not in the registry; `vitscale finetune` with the same options registers it"
         return supervisor.note or f"job {supervisor.job} runs"
@@ -89,27 +103,46 @@ class RunPipeline:
         if reference not in pipeline.outside():
             raise ConfigError(f"pipeline {pipeline.name}: none of its stages takes {reference}")
         self._site, self._pipeline, self._console = site, pipeline, console
+        self._jobs = Jobs(site)
         self._ended: dict[str, str] = {}
         """How it ended, by digests of holders: it is not tried again until there is another."""
 
     def step(self, registry: Registry, holder: Version) -> str:
         if holder.digest not in self._ended:
-            states = new_states(self._pipeline)
             try:
-                with shown(states, self._console) as show:
-                    run(
-                        self._site,
-                        self._pipeline,
-                        states,
-                        self._console,
-                        [show, teller(self._site, self._pipeline)],
-                    )
+                if held := self._held():
+                    return held
+                self._run()
                 self._ended[holder.digest] = f"pipeline {self._pipeline.name} is done"
-            except DataError:
-                raise  # a service that is away comes back
+            except Unavailable:
+                raise  # it comes back
             except VitscaleError as error:
                 self._ended[holder.digest] = f"ended: {error}"
         return self._ended[holder.digest]
+
+    def _held(self) -> str:
+        """A job of its stages that somebody has stopped, or that has failed for good, is not begun again."""
+        states = new_states(self._pipeline)
+        plan(self._site, self._pipeline, states)
+        for state in states:
+            for run_name in state.runs if state.state != "done" else ():
+                try:
+                    spec = find_spec(self._site.runs, run_name)
+                except ConfigError:
+                    continue  # nobody has asked for it yet
+                try:
+                    self._jobs.look(spec, "`vitscale run` with this pipeline")
+                except Stopped as error:
+                    return f"stage {state.name}: {error}"
+                except VitscaleError as error:
+                    return f"stage {state.name}: failed: {error}"
+        return ""
+
+    def _run(self) -> None:
+        states = new_states(self._pipeline)
+        with shown(states, self._console) as show:
+            told = [show, teller(self._site, self._pipeline)]
+            run(self._site, self._pipeline, states, self._console, told, detach=True)
 
 
 class Watch:

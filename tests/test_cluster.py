@@ -106,7 +106,7 @@ def test_nothing_that_a_person_typed_reaches_the_shell_and_no_secret_the_job(
 def test_a_head_that_is_gone_is_told(cluster: Cluster, fake: FakeRay, store_url: str) -> None:
     spec = make_spec(store_url)
     fake.failures = [ConnectionError("refused")]
-    with pytest.raises(DataError, match=r"127.0.0.1:1 cannot be reached or refuses \(refused\)"):
+    with pytest.raises(Unavailable, match=r"127.0.0.1:1 cannot be reached or refuses \(refused\)"):
         cluster.start(spec)
     fake.failures = [AuthenticationError("401")]
     with pytest.raises(DataError, match="refused the token; name its file in the site's ray_token_file"):

@@ -28,7 +28,7 @@ from tests.test_registry import finish
 from workers.config import make_config
 from workers.errors import CheckpointError, ConfigError, DataError, VitscaleError
 from workers.files import FileStore
-from workers.storage import open_store
+from workers.storage import Unavailable, open_store
 
 CONFIG = make_config(VALUES)
 
@@ -245,7 +245,13 @@ def test_what_somebody_stopped_stays_so_and_what_failed_is_not_tried_again(
     for _ in range(2):
         assert watched.look().endswith("failed: compute.workers: no room")
         watched.restart()
+    assert watched.look().endswith("failed: compute.workers: no room")
     assert len(fake.jobs) == 1
+    # Somebody has mended that, and `vitscale finetune` trains: the same watch looks after it.
+    again = submit(watched.site, spec).job
+    assert watched.look().endswith(f"job {again} runs")
+    fake.jobs[again].status = JobStatus.FAILED
+    assert watched.look().endswith("starting another from image 0")
 
 
 def test_an_alias_moved_by_hand_starts_nothing_and_outages_are_waited_out(
@@ -305,9 +311,9 @@ def test_a_pipeline_is_gone_through_once_for_each_holder(
     pipeline, console = read_pipeline(path), Console(quiet=True)
     with pytest.raises(ConfigError, match="pipeline children: none of its stages takes digits@candidate"):
         RunPipeline(site, pipeline, "digits@candidate", console)
-    endings: list[Exception | None] = [DataError("MLflow is away"), None, CheckpointError("a gate refuses")]
+    endings = [Unavailable("MLflow is away"), None, CheckpointError("a gate refuses")]
 
-    def run(*arguments: object) -> None:
+    def run(*arguments: object, **more: object) -> None:
         if (ending := endings.pop(0)) is not None:
             raise ending
 
@@ -324,3 +330,58 @@ def test_a_pipeline_is_gone_through_once_for_each_holder(
             watch.look()
             assert said[-1] == f"digits@champion, digits/{number}: {told}"
     assert not endings
+
+
+def test_a_pipeline_goes_on_with_no_job_that_was_stopped_or_has_failed(
+    site: Site,
+    fake: FakeRay,
+    registry: Registry,
+    champions: list[Version],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "children.yaml"
+    stages = {"children": {"finetune": "digits@champion", "image_sizes": [16]}}
+    path.write_text(yaml.safe_dump({"name": "children", "stages": stages}))
+    pipeline = read_pipeline(path)
+    monkeypatch.setattr("pipelines.pretrain.POLL_SECONDS", 0.0)
+    promote(registry, champions[0])
+
+    def look() -> str:
+        """Of a watch that cron starts."""
+        said: list[str] = []
+        plan = RunPipeline(site, pipeline, "digits@champion", Console(quiet=True))
+        Watch(site, "digits", "champion", plan, said.append).look()
+        return said[-1].removeprefix("digits@champion, digits/1: ")
+
+    class Terminated:
+        """Instead of signals: SIGTERM comes while the job trains."""
+
+        def __enter__(self) -> "Terminated":
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def wait(self, seconds: float) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.pretrain.Interrupts", Terminated)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            look()
+        (job,) = fake.jobs
+        assert fake.jobs[job].status not in ray_jobs.ENDED
+    store, (run_name,) = open_store(site.runs), list_runs(open_store(site.runs))
+    spec = find_spec(site.runs, run_name)
+    assert is_wished(store, spec.digest)
+
+    wish(store, spec.digest, running=False)
+    fake.jobs[job].status = JobStatus.STOPPED
+    for _ in range(2):
+        assert look() == "stage children: stopped by somebody; `vitscale run` with this pipeline goes on"
+    wish(store, spec.digest, running=True)
+    fake.jobs[job].status = JobStatus.FAILED
+    write_failure(store, job, DataError("too many damaged images"))
+    for _ in range(2):
+        assert look() == "stage children: failed: too many damaged images"
+    assert list(fake.jobs) == [job]

@@ -164,6 +164,17 @@ def test_a_changed_stage_redoes_what_follows_from_it_and_no_more(site: Site, don
         assert {state.name for state in states if not state.before} == redone, change
 
 
+def test_the_same_weights_as_another_model_are_measured_and_promoted_as_such(
+    site: Site, done: Counter[str], mlflow: FakeMlflow
+) -> None:
+    go(site)
+    states = go(site, "stages.pretrain.model=robins")
+    assert done["train 8"] == 1
+    assert mlflow.aliases["robins", "champion"] == "1"
+    by_name = {state.name: [made.label for made in state.versions] for state in states}
+    assert by_name["measured"] == by_name["champion"] == ["robins/1"]
+
+
 def test_a_gate_that_refuses_ends_it_and_what_is_mended_goes_on(site: Site, done: Counter[str]) -> None:
     pipeline = read_pipeline(DIGITS, [*TINY, "stages.champion.gate.minimum=0.99"])
     states = new_states(pipeline)

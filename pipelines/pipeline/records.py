@@ -40,8 +40,8 @@ class Result:
     @property
     def digest(self) -> str:
         """Of what a later stage's result may depend on."""
-        digests = sorted(made.digest for made in self.versions)
-        return digest_of(self.data, digests, self.metrics)
+        named = sorted((made.label, made.digest) for made in self.versions)
+        return digest_of(self.data, named, self.metrics)
 
 
 @dataclass(frozen=True)

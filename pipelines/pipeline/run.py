@@ -77,9 +77,17 @@ def plan(site: Site, pipeline: Pipeline, states: list[StageState]) -> None:
 
 
 def run(
-    site: Site, pipeline: Pipeline, states: list[StageState], console: Console, listeners: Sequence[Told]
+    site: Site,
+    pipeline: Pipeline,
+    states: list[StageState],
+    console: Console,
+    listeners: Sequence[Told],
+    *,
+    detach: bool = False,
 ) -> None:
-    """Do what is not done; `states` are `new_states`. What goes wrong ends it, with what is done kept."""
+    """Do what is not done; `states` are `new_states`. What goes wrong ends it, with what is done kept.
+
+    `detach`: an interrupt leaves a job that trains running."""
     records = StageRecords(open_store(site.runs), pipeline.name)
 
     def tell(state: StageState) -> None:
@@ -89,7 +97,7 @@ def run(
     results: dict[str, Result] = {}
     for state in states:
         try:
-            work = _begin(site, pipeline, state, results)
+            work = _begin(site, pipeline, state, results, detach=detach)
             record = records.find(work.key)
             state.before = record is not None
             if record is None:
@@ -112,8 +120,10 @@ def run(
         tell(state)
 
 
-def _begin(site: Site, pipeline: Pipeline, state: StageState, results: dict[str, Result]) -> Work:
-    work = prepare(site, pipeline, state.name, results)
+def _begin(
+    site: Site, pipeline: Pipeline, state: StageState, results: dict[str, Result], *, detach: bool = False
+) -> Work:
+    work = prepare(site, pipeline, state.name, results, detach=detach)
     state.key, state.about, state.runs = work.key[:10], work.about, work.runs
     return work
 

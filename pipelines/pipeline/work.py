@@ -55,21 +55,28 @@ def waits_for(pipeline: Pipeline, stage: Stage) -> set[str]:
     return named & pipeline.stages.keys() if not isinstance(stage, Ingest) else set()
 
 
-def prepare(site: Site, pipeline: Pipeline, name: str, results: Mapping[str, Result]) -> Work:
-    """`results` are those of the stages that this one waits for."""
+def prepare(
+    site: Site, pipeline: Pipeline, name: str, results: Mapping[str, Result], *, detach: bool = False
+) -> Work:
+    """`results` are those of the stages that this one waits for. `detach`: interrupts leave jobs that train
+    running."""
     stage = pipeline.stages[name]
     match stage:
         case Ingest():
             return _ingest(site, pipeline, stage)
         case Train():
-            return _train(site, pipeline, stage, _data(site, stage.data, results))
+            runs, label = _train(site, pipeline, stage, _data(site, stage.data, results))
+            return _training(site, "train", runs, label, detach)
         case Finetune():
-            return _finetune(site, stage, _parents(site, stage, results), _data(site, stage.data, results))
+            runs, label = _finetune(
+                site, stage, _parents(site, stage, results), _data(site, stage.data, results)
+            )
+            return _training(site, "finetune", runs, label, detach)
         case Evaluate():
             return _evaluate(site, stage, _parents(site, stage, results), _data(site, stage.data, results))
         case Promote():
             versions = _parents(site, stage, results)
-            taken = results[stage.promote].digest if stage.promote in results else versions[0].digest
+            taken = results[stage.promote].digest if stage.promote in results else _named(versions)
             return _promote(site, stage, pipeline.gates[name], versions, taken)
 
 
@@ -90,14 +97,18 @@ def _ingest(site: Site, pipeline: Pipeline, stage: Ingest) -> Work:
     return Work(digest_of("ingest", source, url, options), f"{stage.ingest} to {url}", (), do)
 
 
-def _train(site: Site, pipeline: Pipeline, stage: Train, data: str | None) -> Work:
+Runs = list[tuple[RunConfig, str]]
+"""Each with the name of its model."""
+
+
+def _train(site: Site, pipeline: Pipeline, stage: Train, data: str | None) -> tuple[Runs, str]:
     file = pipeline.folder / stage.train
     source = str(file) if file.is_file() else stage.train
     config = read_config(source, data, as_overrides(stage.set), epochs=stage.epochs)
-    return _training(site, "train", [(config, stage.model or config.name)], f"train {config.name}")
+    return [(config, stage.model or config.name)], f"train {config.name}"
 
 
-def _finetune(site: Site, stage: Finetune, parents: list[Version], data: str | None) -> Work:
+def _finetune(site: Site, stage: Finetune, parents: list[Version], data: str | None) -> tuple[Runs, str]:
     if len(parents) != 1:
         raise ConfigError(f"finetune: {stage.finetune} are {len(parents)} versions; name one, as MODEL@ALIAS")
     own = {"layer_decay": stage.layer_decay, "freeze": stage.freeze}
@@ -111,14 +122,14 @@ def _finetune(site: Site, stage: Finetune, parents: list[Version], data: str | N
         overrides=(*as_overrides(fields), *as_overrides(stage.set)),
     )
     configs = finetune_configs(site, parents[0], tuning)
-    return _training(site, "finetune", name_children(configs, stage.model), sweep_label(configs))
+    return name_children(configs, stage.model), sweep_label(configs)
 
 
-def _training(site: Site, kind: str, runs: list[tuple[RunConfig, str]], label: str) -> Work:
+def _training(site: Site, kind: str, runs: Runs, label: str, detach: bool) -> Work:
     key = digest_of(kind, [(config.digest, model) for config, model in runs])
 
     def do(console: Console) -> Result:
-        versions = train_all(site, runs, label=label, console=console)
+        versions = train_all(site, runs, label=label, console=console, detach=detach)
         metrics = {
             f"{version.label}.{name}": value
             for version in versions
@@ -160,10 +171,15 @@ def _data(site: Site, data: str | None, results: Mapping[str, Result]) -> str | 
     return results[data].data if data in results else site.data_url(data)
 
 
+def _named(versions: list[Version]) -> list[tuple[str, str]]:
+    """What the key of a stage that takes them says of them: the same weights may be two models."""
+    return sorted((version.label, version.digest) for version in versions)
+
+
 def _evaluate(site: Site, stage: Evaluate, versions: list[Version], data: str | None) -> Work:
     size = None if stage.image_size is None else read_size(stage.image_size)
     fingerprint = None if data is None else read_facts(data).validation_fingerprint
-    key = digest_of("evaluate", sorted(version.digest for version in versions), fingerprint, size)
+    key = digest_of("evaluate", _named(versions), fingerprint, size)
 
     def do(console: Console) -> Result:
         metrics: dict[str, float] = {}
@@ -178,7 +194,7 @@ def _evaluate(site: Site, stage: Evaluate, versions: list[Version], data: str | 
     return Work(key, f"evaluate {', '.join(version.label for version in versions)}", (), do)
 
 
-def _promote(site: Site, stage: Promote, gate: Gate, versions: list[Version], taken: str) -> Work:
+def _promote(site: Site, stage: Promote, gate: Gate, versions: list[Version], taken: object) -> Work:
     key = digest_of("promote", taken, stage.to, gate.digest)
 
     def do(console: Console) -> Result:
