@@ -164,6 +164,15 @@ def test_a_changed_stage_redoes_what_follows_from_it_and_no_more(site: Site, don
         assert {state.name for state in states if not state.before} == redone, change
 
 
+def test_a_stage_may_have_the_name_of_its_recipe(site: Site, done: Counter[str], tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text("name: one\nstages: {vit-digits: {train: vit-digits, data: data}}\n")
+    pipeline = read_pipeline(path, [])
+    states = new_states(pipeline)
+    plan(site, pipeline, states)
+    assert states[0].about == "train vit-digits" and states[0].runs
+
+
 def test_the_same_weights_as_another_model_are_measured_and_promoted_as_such(
     site: Site, done: Counter[str], mlflow: FakeMlflow
 ) -> None:

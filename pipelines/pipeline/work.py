@@ -51,8 +51,10 @@ class Work:
 
 def waits_for(pipeline: Pipeline, stage: Stage) -> set[str]:
     """The stages whose results it takes."""
-    named = {target_of(stage), data_of(stage)}
-    return named & pipeline.stages.keys() if not isinstance(stage, Ingest) else set()
+    named = set() if isinstance(stage, Ingest) else {data_of(stage)}
+    if not isinstance(stage, Ingest | Train):  # whose targets are a source and a recipe
+        named.add(target_of(stage))
+    return named & pipeline.stages.keys()
 
 
 def prepare(
