@@ -125,7 +125,7 @@ class Aliases:
             if was == now:
                 continue
             cause = _cause([record for record in history if record.alias == alias], was, found.tags)
-            if holder is not None and not self._has(holder):
+            if holder is not None and not self.has(holder):
                 cause = "gone"
             changes.append(Change(found.name, alias, was, now, cause))
         return changes
@@ -140,7 +140,7 @@ class Aliases:
                     raise
         return None
 
-    def _has(self, holder: Promotion) -> bool:
+    def has(self, holder: Promotion) -> bool:
         """Has MLflow that version, and not another under its number?"""
         with mlflow_errors(SERVICE):
             try:

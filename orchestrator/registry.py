@@ -25,7 +25,7 @@ from orchestrator.site import Site
 from orchestrator.tracking import connect
 from orchestrator.versions import Version, Versions, manifest_url
 from workers.config import RunConfig
-from workers.errors import CheckpointError, ConfigError
+from workers.errors import CheckpointError, ConfigError, DataError
 from workers.storage import AlreadyExists, join_url, open_store
 from workers.training.commits import CommitLog
 from workers.training.manifest import open_manifest
@@ -179,7 +179,7 @@ class Registry:
             if not verdict.passed and not (force and verdict.restores):
                 raise CheckpointError(f"{version.label} was not promoted: {verdict.reasons}")
             if holder is not None and holder.digest == version.digest:
-                self.aliases.follow(version.model, alias)
+                self._follow(holder)
                 return holder
             metric = next((row for row in verdict.rows if row.check == "metric"), None)
             promotion = Promotion(
@@ -232,7 +232,7 @@ class Registry:
 
     def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
         """Move the alias back to the version that held it before, or to another that did; no gate is asked
-        but the restore test. CheckpointError if the alias moves meanwhile."""
+        but the restore test. CheckpointError if the alias moves meanwhile, or MLflow lacks the version."""
         check_name(model, "model")
         check_name(alias, "alias")
         history = self.log.read(model)
@@ -303,14 +303,36 @@ class Registry:
                 return made
 
     def _append(self, promotion: Promotion) -> Promotion | None:
-        """As it is in the log; None if another record came first."""
+        """As it is in the log; None if another record came first. CheckpointError if it promotes a version
+        that MLflow lacks."""
+        if promotion.alias and not self.aliases.has(promotion):
+            raise CheckpointError(
+                f"{promotion.model}@{promotion.alias} was not moved: MLflow has no version "
+                f"{promotion.version} with manifest {promotion.digest[:12]}...; register that again, and "
+                "promote the version that it becomes"
+            )
         try:
             made = self.log.append(promotion)
         except AlreadyExists:
             return None
         if made.alias:
-            self.aliases.follow(made.model, made.alias)
+            self._follow(made)
         return made
+
+    def _follow(self, record: Promotion) -> None:
+        """Now or later: an error would say that nothing moved, and a rollback goes further when repeated."""
+        try:
+            self.aliases.follow(record.model, record.alias)
+        except DataError as error:
+            log.warning(
+                "%s@%s is version %d by the log of promotions; MLflow's alias follows later, with "
+                "`vitscale models %s` or `vitscale supervise`: %s",
+                record.model,
+                record.alias,
+                record.version,
+                record.model,
+                error,
+            )
 
     def _check_source(self, label: str, manifest: str) -> None:
         """Before anything is read from it: MLflow lets whoever may register name any address."""

@@ -162,7 +162,7 @@ class SiteMachine(RuleBasedStateMachine):
             self.registry.promote(version, alias, Gate())
         except CheckpointError:
             assert (version.model, version.version) in self.retired
-        except DataError:
+        except Stopped:
             assert dies
         self.mlflow.before_alias = lambda: None
 
@@ -353,7 +353,7 @@ class SiteMachine(RuleBasedStateMachine):
 
 
 def _die() -> None:
-    raise MlflowException("killed")
+    raise Stopped
 
 
 def run_sequences(count: int, *, shrink: bool = True, machine: type[SiteMachine] = SiteMachine) -> None:

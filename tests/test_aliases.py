@@ -27,6 +27,7 @@ from pipelines.lineage import lineage
 from tests.fake_mlflow import FakeMlflow
 from tests.test_config import changed
 from tests.test_registry import finish, registered, run_config
+from tests.test_retention import Stopped
 from workers.config import make_config
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.storage import Unavailable, open_store
@@ -51,7 +52,7 @@ def killed_before_mlflow(mlflow: FakeMlflow) -> None:
     """The next client to set an alias dies."""
 
     def die() -> None:
-        raise MlflowException("killed")
+        raise Stopped
 
     mlflow.before_alias = die
 
@@ -66,7 +67,7 @@ def test_a_client_that_dies_between_log_and_mlflow_is_late(
     registry.promote(versions[0], "champion", Gate())
     for version in versions[1:]:
         killed_before_mlflow(mlflow)
-        with pytest.raises(DataError):
+        with pytest.raises(Stopped):
             registry.promote(version, "champion", Gate())
     age(registry)
     assert mlflow.aliases == {("toy", "champion"): "1"}
@@ -75,6 +76,53 @@ def test_a_client_that_dies_between_log_and_mlflow_is_late(
     assert mlflow.aliases == {("toy", "champion"): "3"}
     assert not any(name.startswith(MOVED_TAG) for name in mlflow.tags["toy"])
     assert moves(registry) == moves(Registry(mlflow, store_url)) == []
+
+
+def test_what_is_in_the_log_has_moved_though_mlflow_does_not_answer(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would have it done again, and a second rollback goes further back."""
+
+    def time_out() -> None:
+        raise MlflowException("timed out")
+
+    def warned() -> list[str]:
+        said = [record.message for record in caplog.records]
+        caplog.clear()
+        return said
+
+    for version in versions:
+        mlflow.before_alias = time_out
+        assert registry.promote(version, "champion", Gate()).version == version.version
+        (said,) = warned()
+        assert f"toy@champion is version {version.version} by the log" in said and "timed out" in said
+    mlflow.before_alias = time_out
+    assert registry.roll_back("toy", "champion", None, "").version == 2
+    assert "toy@champion is version 2 by the log" in warned()[0]
+    assert [record.version for record in registry.log.read("toy")] == [1, 2, 3, 2]
+    assert mlflow.aliases == {}
+    assert moves(registry) == [("champion", None, 2, "late")]
+    assert mlflow.aliases == {("toy", "champion"): "2"}
+
+
+@pytest.mark.parametrize("renumbered", [False, True])
+def test_nothing_moves_to_a_version_that_mlflow_lost(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version], renumbered: bool
+) -> None:
+    for version in versions[:2]:
+        registry.promote(version, "champion", Gate())
+    if renumbered:
+        mlflow.models["toy"][0].tags = mlflow.models["toy"][2].tags
+    else:
+        del mlflow.models["toy"][0]
+    for call in (
+        lambda: registry.roll_back("toy", "champion", None, ""),
+        lambda: registry.promote(versions[0], "champion", Gate()),
+    ):
+        with pytest.raises(CheckpointError, match="toy@champion was not moved: MLflow has no version 1 with"):
+            call()
+    assert [record.version for record in registry.log.read("toy")] == [1, 2]
+    assert mlflow.aliases == {("toy", "champion"): "2"}
 
 
 def test_an_alias_moved_by_hand_is_told_and_put_back(
