@@ -7,7 +7,7 @@ client was killed in between, or another overtook it.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from orchestrator.job import check_name
 from orchestrator.promotions import Promotion, PromotionLog, holders
 from orchestrator.tracking import mlflow_errors
-from orchestrator.versions import DIGEST_TAG, SERVICE
+from orchestrator.versions import DIGEST_TAG, SERVICE, Versions
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Change:
         why = {
             "late": "MLflow had not followed yet",
             "by hand": "somebody moved it by hand",
-            "gone": f"MLflow has no version {self.now} that is the promoted one; register it again",
+            "gone": f"MLflow has no such version {self.now} any more; register and promote that again",
         }[self.cause]
         return f"{self.model}@{self.alias} {was} in MLflow, by the log of promotions {log_says}: {why}"
 
@@ -59,15 +59,17 @@ class Change:
 class Aliases:
     def __init__(self, client: MlflowClient, promotions: PromotionLog) -> None:
         self._client, self._log = client, promotions
-        self._settled: dict[str, tuple[int, dict[str, str]]] = {}
-        """How many records a model had, and its aliases in MLflow, when all was right."""
+        self._settled: dict[str, tuple[int, int, dict[str, str]]] = {}
+        """How many records a model had, when MLflow's was made, and its aliases there, when all was right: no
+        other version comes under a number unless the model is made anew."""
 
     def follow(self, model: str, alias: str) -> None:
-        """MLflow's alias becomes what the log says, whoever else promotes at the same time."""
+        """MLflow's alias becomes what the log says, whoever else promotes at the same time; it is deleted if
+        MLflow lacks that version."""
         done: Promotion | str | None = "nothing"
         while (holder := self._log.holders(model).get(alias)) != done:
             with mlflow_errors(SERVICE):
-                if holder is None:
+                if holder is None or not self.has(holder):
                     self._client.delete_registered_model_alias(model, alias)
                 else:
                     self._client.set_registered_model_alias(model, alias, str(holder.version))
@@ -91,7 +93,7 @@ class Aliases:
         if found is None or self._is_settled(model, found):
             return []
         history = self._log.read(model)
-        changes = self.differences(history, found)
+        changes = self.differences(history, found, self._lost(history))
         aliases = dict(found.aliases)
         for change in changes:
             if change.cause == "by hand":
@@ -99,36 +101,45 @@ class Aliases:
                 self._note(change)
             level = logging.INFO if change.cause == "late" else logging.WARNING
             log.log(level, "%s", change)
-            if change.cause == "gone":
-                self._drop(change)
-                aliases.pop(change.alias, None)
-                continue
-            self.follow(model, change.alias)
-            if change.now is None:
+            if (change.was, change.cause) != (None, "gone"):
+                self.follow(model, change.alias)
+            if change.now is None or change.cause == "gone":
                 aliases.pop(change.alias, None)
             else:
                 aliases[change.alias] = str(change.now)
-        self._settled[model] = (len(history), aliases)
+        self._settled[model] = (len(history), found.creation_timestamp, aliases)
         return changes
 
     def _is_settled(self, model: str, found: RegisteredModel) -> bool:
-        count, aliases = self._settled.get(model, (0, None))
-        return aliases == found.aliases and not self._log.has(model, count)
+        count, made, aliases = self._settled.get(model, (0, 0, None))
+        is_same = (made, aliases) == (found.creation_timestamp, found.aliases)
+        return is_same and not self._log.has(model, count)
 
-    def differences(self, history: Sequence[Promotion], found: RegisteredModel) -> list[Change]:
-        """Of what MLflow said from what a log says that was read after it."""
+    def differences(
+        self, history: Sequence[Promotion], found: RegisteredModel, lost: Collection[str] = ()
+    ) -> list[Change]:
+        """Of what MLflow said from what a log says that was read after it. `lost`: aliases whose versions
+        MLflow lacks."""
         named = {alias: int(version) for alias, version in found.aliases.items()}
         changes, held = [], holders(history)
         for alias in sorted(named.keys() | held.keys()):
             holder, was = held.get(alias), named.get(alias)
             now = holder.version if holder else None
-            if was == now:
-                continue
-            cause = _cause([record for record in history if record.alias == alias], was, found.tags)
-            if holder is not None and not self.has(holder):
-                cause = "gone"
-            changes.append(Change(found.name, alias, was, now, cause))
+            if alias in lost:
+                changes.append(Change(found.name, alias, was, now, "gone"))
+            elif was != now:
+                cause = _cause([record for record in history if record.alias == alias], was, found.tags)
+                changes.append(Change(found.name, alias, was, now, cause))
         return changes
+
+    def _lost(self, history: Sequence[Promotion]) -> set[str]:
+        """Aliases whose version MLflow lacks, or has another of under its number; in one request for all."""
+        held = holders(history)
+        if not held:
+            return set()
+        versions = Versions(self._client).search(history[0].model)
+        there = {(int(version.version), version.tags.get(DIGEST_TAG)) for version in versions}
+        return {alias for alias, holder in held.items() if (holder.version, holder.digest) not in there}
 
     def said(self, model: str) -> RegisteredModel | None:
         """What MLflow has of a model; None if it has none."""
@@ -157,11 +168,6 @@ class Aliases:
         text = f"{when} {what}, by the log of promotions {change.now or 'none'}"
         with mlflow_errors(SERVICE):
             self._client.set_registered_model_tag(change.model, MOVED_TAG + change.alias, text)
-
-    def _drop(self, change: Change) -> None:
-        if change.was is not None:
-            with mlflow_errors(SERVICE):
-                self._client.delete_registered_model_alias(change.model, change.alias)
 
 
 def _cause(ours: Sequence[Promotion], was: int | None, tags: Mapping[str, str]) -> Cause:

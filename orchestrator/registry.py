@@ -178,7 +178,8 @@ class Registry:
             verdict, holder = judgement.verdict, judgement.holder
             if not verdict.passed and not (force and verdict.restores):
                 raise CheckpointError(f"{version.label} was not promoted: {verdict.reasons}")
-            if holder is not None and holder.digest == version.digest:
+            # By the number, too: MLflow may have lost that of the holder and have its manifest under another.
+            if holder is not None and (holder.version, holder.digest) == (version.version, version.digest):
                 self._follow(holder)
                 return holder
             metric = next((row for row in verdict.rows if row.check == "metric"), None)

@@ -25,6 +25,8 @@ class FakeMlflow:
     down: bool = False
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
     """Of models."""
+    created: list[str] = field(default_factory=list)
+    """Models, also those that were deleted."""
     logged: list[tuple[str, str, float]] = field(default_factory=list)
     """Run, metric, value."""
 
@@ -38,6 +40,12 @@ class FakeMlflow:
             raise RestException({"error_code": "RESOURCE_ALREADY_EXISTS", "message": name})
         self.models[name] = []
         self.tags[name] = {}
+        self.created.append(name)
+
+    def delete_registered_model(self, name: str) -> None:
+        self._up()
+        del self.models[name], self.tags[name]
+        self.aliases = {key: version for key, version in self.aliases.items() if key[0] != name}
 
     def create_model_version(
         self, name: str, source: str, run_id: str, tags: dict[str, str], description: str = ""
@@ -79,7 +87,10 @@ class FakeMlflow:
         if name not in self.models:
             raise RestException({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": name})
         aliases = {alias: version for (model, alias), version in self.aliases.items() if model == name}
-        return SimpleNamespace(name=name, aliases=aliases, tags=dict(self.tags[name]))
+        created = max(at for at, model in enumerate(self.created) if model == name)
+        return SimpleNamespace(
+            name=name, aliases=aliases, tags=dict(self.tags[name]), creation_timestamp=created
+        )
 
     def get_model_version(self, name: str, version: str) -> Any:
         self._up()

@@ -180,6 +180,63 @@ def test_an_alias_never_names_what_was_not_promoted(
     assert registry.reconcile("other") == []
 
 
+def test_another_version_under_the_number_is_told_and_its_alias_deleted(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version]
+) -> None:
+    """Somebody deleted the model, made it anew with its runs in another order, and set the alias."""
+    registry.promote(versions[0], "champion", Gate())
+    assert moves(registry) == []
+    mlflow.delete_registered_model("toy")
+    for seed in (2, 1):
+        registry.register("toy", run_config(seed), "run-id")
+    mlflow.aliases["toy", "champion"] = "1"
+    assert moves(registry) == [("champion", 1, 1, "gone")]
+    assert mlflow.aliases == {}
+    assert moves(registry) == []
+    made = registry.promote(registry.resolve("toy/2"), "champion", Gate())
+    assert (made.seq, made.digest) == (1, versions[0].digest)
+    assert mlflow.aliases == {("toy", "champion"): "2"}
+
+
+def test_following_sets_no_alias_to_another_version_under_the_number(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version]
+) -> None:
+    registry.promote(versions[0], "champion", Gate())
+    mlflow.models["toy"][0].tags = mlflow.models["toy"][1].tags
+    registry.aliases.follow("toy", "champion")
+    assert mlflow.aliases == {}
+
+
+def test_a_manifest_that_mlflow_has_under_another_number_is_promoted_again(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version]
+) -> None:
+    """It lost the version, and the run was registered again."""
+    registry.promote(versions[0], "champion", Gate())
+    mlflow.models["toy"][0].version = "4"
+    mlflow.aliases.clear()
+    version = registry.register("toy", run_config(1), "run-id")
+    assert version == dataclasses.replace(versions[0], version=4)
+    made = registry.promote(version, "champion", Gate())
+    assert (made.seq, made.version, made.previous) == (1, 4, 1)
+    assert mlflow.aliases == {("toy", "champion"): "4"}
+    assert registry.resolve("toy@champion") == version
+    assert registry.promote(version, "champion", Gate()) == made
+
+
+def test_reconciling_asks_mlflow_once_for_all_aliases_and_not_again(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for alias in ("champion", "candidate", "best"):
+        registry.promote(versions[0], alias, Gate())
+    up, asked = mlflow._up, []
+    monkeypatch.setattr(mlflow, "_up", lambda: asked.append(1) or up())
+    assert moves(registry) == []
+    # The model, and two pages of versions.
+    assert len(asked) == 3
+    assert moves(registry) == []
+    assert len(asked) == 4
+
+
 def test_reconciling_twice_reads_one_record(
     registry: Registry, mlflow: FakeMlflow, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
