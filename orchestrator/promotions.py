@@ -10,7 +10,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from orchestrator.job import check_name
 from orchestrator.keys import Keys
@@ -23,6 +25,8 @@ KEY = re.compile(r"promotions/([A-Za-z0-9][A-Za-z0-9._-]{0,99})/\d{8}\.json")
 @dataclass(frozen=True)
 class Promotion:
     """A record of the log; those of another `kind` than promotions move no alias and have none."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     seq: int
     model: str
@@ -53,6 +57,9 @@ class Promotion:
     """In spite of the verdict, for `reason`."""
     signature: str = ""
     """Ed25519 over all other fields, in base64; empty without a key."""
+
+
+_RECORD = TypeAdapter(Promotion)
 
 
 class PromotionLog:
@@ -115,8 +122,9 @@ class PromotionLog:
         """The record, and what was signed of it."""
         try:
             values = json.loads(data)
-            record = Promotion(**values)
-        except (ValueError, TypeError):
+            # Not of the bytes: two parsers may read two records in them, of which one was signed.
+            record = _RECORD.validate_json(json.dumps(values))
+        except (ValueError, RecursionError):
             raise self._refusal(model, seq, "is damaged, or of a newer version of vitscale") from None
         if (record.model, record.seq) != (model, seq):
             raise self._refusal(model, seq, f"is the record {record.seq} of {record.model}")

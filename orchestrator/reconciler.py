@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 from orchestrator.registry import Registry, open_registry
 from orchestrator.site import Site
-from workers.errors import CheckpointError, ConfigError, VitscaleError
+from workers.errors import VitscaleError
+from workers.storage import Unavailable
 
 TICK_SECONDS = 2.0
 
 
 def keep_aliases(site: Site, tell: Callable[[str, str], None], stop: threading.Event) -> None:
     """Until `stop`; an outage of MLflow or of the store delays it. `tell(model, text)` hears of each change,
-    and once of what is wrong with a model's log."""
+    and once of what is wrong with a model, which keeps no other from being looked after."""
     registry: Registry | None = None
     told: dict[str, str] = {}
 
@@ -29,7 +30,9 @@ def keep_aliases(site: Site, tell: Callable[[str, str], None], stop: threading.E
                     for change in registry.reconcile(model):
                         tell(model, str(change))
                     tell_once(model, "")
-                except (CheckpointError, ConfigError) as error:
+                except Unavailable:
+                    raise
+                except VitscaleError as error:
                     tell_once(model, str(error))
             tell_once("aliases", "")
         except VitscaleError as error:

@@ -30,7 +30,7 @@ from tests.test_registry import finish, registered, run_config
 from tests.test_retention import Stopped
 from workers.config import make_config
 from workers.errors import CheckpointError, ConfigError, DataError
-from workers.storage import Unavailable, open_store
+from workers.storage import RECORD_BYTES, Unavailable, open_store
 from workers.training.commits import CommitLog
 
 
@@ -474,6 +474,48 @@ def test_whoever_supervises_the_site_keeps_its_aliases(
         thread.join()
     assert [name for name, _ in said] == ["aliases", "another", "toy"]
     assert "connection refused" in said[0][1] and "is damaged" in said[1][1] and "by hand" in said[2][1]
+
+
+@pytest.mark.parametrize("wrong", ["deep", "huge", "forbidden"])
+def test_what_is_wrong_with_a_model_keeps_no_other_from_being_looked_after(
+    registry: Registry,
+    mlflow: FakeMlflow,
+    versions: list[Version],
+    store_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
+) -> None:
+    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: mlflow)
+    monkeypatch.setattr(reconciler, "TICK_SECONDS", 0.01)
+    site = Site(ray="http://x", mlflow="http://x", data=store_url, runs=store_url)
+    registry.promote(versions[0], "champion", Gate())
+    registry.promote(Registry(mlflow, store_url).register("another", run_config(3), "id"), "champion", Gate())
+    get = mlflow.get_registered_model
+
+    def refuse(name: str) -> Any:
+        if name == "another":
+            raise RestException({"error_code": "PERMISSION_DENIED", "message": "no"})
+        return get(name)
+
+    if wrong == "forbidden":
+        mlflow.get_registered_model = refuse
+    else:
+        record = b"[" * (100_000 if wrong == "deep" else RECORD_BYTES + 1)
+        open_store(store_url).write("promotions/another/00000000.json", record)
+    mlflow.aliases["toy", "champion"] = "3"
+    said: list[tuple[str, str]] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=reconciler.keep_aliases, args=(site, lambda *t: said.append(t), stop))
+    thread.start()
+    try:
+        wait_for(lambda: len(said) >= 2 or not thread.is_alive())
+    finally:
+        stop.set()
+        thread.join()
+    assert [name for name, _ in said] == ["another", "toy"]
+    known = {"deep": "is damaged", "huge": "bytes, and may have", "forbidden": "MLFLOW_TRACKING_USERNAME"}
+    assert known[wrong] in said[0][1]
+    assert mlflow.aliases["toy", "champion"] == "1"
 
 
 def wait_for(condition: Callable[[], object]) -> None:

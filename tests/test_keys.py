@@ -100,6 +100,7 @@ def unsigned(url: str) -> None:
         (lambda url: change(url, "digest", "e"), "00000002", False),
         (lambda url: change(url, "signature", ""), "00000002", False),
         (lambda url: change(url, "signature", "AAAA"), "00000002", False),
+        (lambda url: change(url, "signature", 5), "00000002", True),
         (lambda url: change(url, "before", ""), "00000002", True),
         (lambda url: path(url, 1).write_bytes(path(url, 1).read_bytes() + b" "), "00000002", True),
         (swap, "00000001", True),
@@ -116,6 +117,17 @@ def test_a_log_that_was_tampered_with_is_refused(
     for keys in [Keys.load(None, key[1]), *([Keys()] if chained else [])]:
         with pytest.raises(CheckpointError, match=rf"toy/{named}\.json .*delete it"):
             PromotionLog(open_store(store_url), keys).read("toy")
+
+
+def test_what_is_read_of_a_record_is_what_was_signed(key: tuple[Path, Path], store_url: str) -> None:
+    """Though it has a field twice."""
+    log = signed_log(store_url, Keys.load(*key))
+    signed = path(store_url, 2).read_text()
+    path(store_url, 2).write_text(signed.replace("{", '{"version": 9,', 1))
+    assert [promotion.version for promotion in log.read("toy")] == [1, 2, 3]
+    path(store_url, 2).write_text(signed.rstrip().removesuffix("}") + ', "version": 9}')
+    with pytest.raises(CheckpointError, match="was changed after it was signed"):
+        log.read("toy")
 
 
 def test_a_record_of_another_model_is_refused(key: tuple[Path, Path], store_url: str) -> None:

@@ -503,11 +503,25 @@ def test_who_loses_the_race_for_a_record_rolls_nothing_back(
     assert [promotion.version for promotion in registry.log.read("toy")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]"])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"[" * 100_000, b"\xff"])
 def test_a_damaged_record_is_named(registry: Registry, store_url: str, damage: bytes) -> None:
     registry.promote(registered(registry, store_url), "champion", Gate())
     store: Store = open_store(store_url)
     store.write("promotions/toy/00000000.json", damage)
+    with pytest.raises(CheckpointError, match=r"promotions/toy/00000000\.json is damaged"):
+        registry.log.holders("toy")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("signature", 5), ("version", "1"), ("version", True), ("alias", None), ("rows", {}), ("new", 1)],
+)
+def test_a_record_with_a_field_of_another_kind_is_named(
+    registry: Registry, store_url: str, field: str, value: object
+) -> None:
+    registry.promote(registered(registry, store_url), "champion", Gate())
+    store, key = open_store(store_url), "promotions/toy/00000000.json"
+    store.write(key, json.dumps(json.loads(store.read(key)) | {field: value}).encode())
     with pytest.raises(CheckpointError, match=r"promotions/toy/00000000\.json is damaged"):
         registry.log.holders("toy")
 
