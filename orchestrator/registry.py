@@ -23,7 +23,7 @@ from orchestrator.keys import Keys
 from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before, holders, retired
 from orchestrator.site import Site
 from orchestrator.tracking import connect
-from orchestrator.versions import Version, Versions, manifest_url
+from orchestrator.versions import DUPLICATE_TAG, Version, Versions, manifest_url
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.storage import AlreadyExists, join_url, open_store
@@ -87,14 +87,18 @@ class Registry:
 
     def needed(self, retired_before: float | None = None) -> set[str]:
         """URLs of all manifests that a version, whatever its tags, or a promotion points to, but for versions
-        that were retired before that time (None: for those, too)."""
-        out = {(record.model, record.version) for record in self._retirements(retired_before)}
-        sources = {manifest_url(v) for v in self._versions.search() if (v.name, int(v.version)) not in out}
+        that were retired before that time (None: for those, too), and for duplicates of these."""
+        out = {(r.model, str(r.version), r.manifest) for r in self._retirements(retired_before)}
+        sources = {
+            manifest_url(v)
+            for v in self._versions.search()
+            if (v.name, v.tags.get(DUPLICATE_TAG, str(v.version)), manifest_url(v)) not in out
+        }
         promoted = {
             record.manifest
             for model in self.log.models()
             for record in self.log.read(model)
-            if record.manifest and (record.model, record.version) not in out
+            if record.manifest and (record.model, str(record.version), record.manifest) not in out
         }
         return sources | promoted
 

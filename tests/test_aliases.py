@@ -21,7 +21,7 @@ from orchestrator.job_records import wish, write_done
 from orchestrator.registry import Registry
 from orchestrator.retention import Retention
 from orchestrator.site import Site
-from orchestrator.versions import Version
+from orchestrator.versions import DUPLICATE_TAG, Version
 from pipelines.cli import app
 from pipelines.lineage import lineage
 from tests.fake_mlflow import FakeMlflow
@@ -442,6 +442,20 @@ def test_retention_takes_what_was_retired_and_nothing_needs(
     found = lineage(registry, "toy/1").root
     assert (found.problem, found.retired, found.manifest) == ("", "bad", None)
     assert CommitLog(open_store(versions[0].manifest.partition("/checkpoints/")[0])).head() is not None
+
+
+def test_a_duplicate_of_what_was_retired_needs_no_checkpoint(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version]
+) -> None:
+    first = mlflow.models["toy"][0]
+    mlflow.create_model_version("toy", first.source, "", first.tags | {DUPLICATE_TAG: "1"})
+    mlflow.create_model_version("toy", mlflow.models["toy"][1].source, "", {DUPLICATE_TAG: "1"})
+    registry.retire("toy", 1, "bad")
+    manifests = [version.manifest for version in versions]
+    assert registry.needed() == set(manifests)
+    # That of the second, whatever the tag of the last says.
+    assert registry.needed(float("inf")) == set(manifests[1:])
+    assert registry.retired(float("inf")) == {manifests[0]}
 
 
 def test_whoever_supervises_the_site_keeps_its_aliases(
