@@ -380,7 +380,7 @@ def _check_in_use(history: Sequence[Promotion], version: int) -> None:
     if version in (gone := retired(history)):
         raise CheckpointError(
             f"{gone[version].model}/{version} was retired ({gone[version].reason}) and is promoted no more; "
-            "train it again if it is wanted"
+            "if one like it is wanted, train with another `seed` or `name`: the same run is not trained twice"
         )
 
 

@@ -377,6 +377,8 @@ def test_a_retired_version_is_out_of_use(
     ):
         with pytest.raises(CheckpointError, match=r"toy/1 was retired.*mislabelled scans"):
             call()
+    with pytest.raises(CheckpointError, match="with another `seed` or `name`"):
+        registry.promote(versions[0], "candidate", Gate())
     assert moves(registry) == []
     assert registry.log.holders("toy").keys() == {"champion"}
     assert [promotion.kind for promotion in lineage(registry, "toy/1").promotions][-1] == "retirement"
