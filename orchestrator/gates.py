@@ -32,8 +32,9 @@ from orchestrator.checks import (
 )
 from orchestrator.evidence import Case
 from workers.config_text import explain, plain, read_yaml
-from workers.errors import ConfigError
+from workers.errors import ConfigError, VitscaleError
 from workers.part import Part
+from workers.storage import Unavailable
 
 KINDS: tuple[type[Part], ...] = (
     *(Metric, AgainstHolder, Slices, Calibration, Throughput, Size, Lineage, Resample, Restore),
@@ -138,12 +139,25 @@ class Gate(Part):
         ]
         return self.model_copy(update={"checks": tuple(checks)})
 
-    def judge(self, case: Case) -> Verdict:
-        """ConfigError if something was not measured yet, or has no such metric."""
+    def judge(self, case: Case, *, forced: bool = False) -> Verdict:
+        """ConfigError if something was not measured yet, or has no such metric; CheckpointError if what was
+        measured, or the holder's manifest, is gone. `forced`: a check that cannot judge has failed."""
         checks = list(self.checks)
         if not any(isinstance(check, Restore) for check in checks):
             checks.append(Restore())
-        return Verdict(tuple(row for check in checks for row in check.judge(case)))
+        return Verdict(tuple(row for check in checks for row in _judge(check, case, forced=forced)))
+
+
+def _judge(check: Check, case: Case, *, forced: bool) -> list[Row]:
+    try:
+        return check.judge(case)
+    except Unavailable:
+        # An outage is no verdict.
+        raise
+    except VitscaleError as error:
+        if not forced:
+            raise
+        return [Row(check.check, "can be judged", False, str(error))]
 
 
 def _at(path: Path, line: str) -> str:

@@ -178,7 +178,7 @@ class Registry:
         self._check_source(version.label, version.manifest)
         while True:
             history = self.log.read(version.model)
-            judgement = self._judge(version, alias, gate, history)
+            judgement = self._judge(version, alias, gate, history, forced=bool(force))
             verdict, holder = judgement.verdict, judgement.holder
             if not verdict.passed and not (force and verdict.restores):
                 raise CheckpointError(f"{version.label} was not promoted: {verdict.reasons}")
@@ -186,7 +186,8 @@ class Registry:
             if holder is not None and (holder.version, holder.digest) == (version.version, version.digest):
                 self._follow(holder)
                 return holder
-            metric = next((row for row in verdict.rows if row.check == "metric"), None)
+            judged = (row for row in verdict.rows if row.check == "metric" and row.value is not None)
+            metric = next(judged, None)
             promotion = Promotion(
                 seq=len(history),
                 model=version.model,
@@ -209,7 +210,15 @@ class Registry:
             if (made := self._append(promotion)) is not None:
                 return made
 
-    def _judge(self, version: Version, alias: str, gate: Gate, history: Sequence[Promotion]) -> Judgement:
+    def _judge(
+        self,
+        version: Version,
+        alias: str,
+        gate: Gate,
+        history: Sequence[Promotion],
+        *,
+        forced: bool = False,
+    ) -> Judgement:
         _check_in_use(history, version.version)
         holder = holders(history).get(alias)
         challenger = Evidence(self._runs, version.label, version.manifest, version.digest)
@@ -224,7 +233,7 @@ class Registry:
             found = by_label().get(label)
             return found.digest if found else None
 
-        verdict = gate.judge(Case(challenger, against, digest_of))
+        verdict = gate.judge(Case(challenger, against, digest_of), forced=forced)
         return Judgement(gate, verdict, holder, self._count(version, challenger, verdict))
 
     def _count(self, version: Version, evidence: Evidence, verdict: Verdict) -> dict[str, int]:

@@ -325,6 +325,28 @@ def test_by_force_with_a_reason_that_is_recorded(registry: Registry, store_url: 
     assert (back.forced, back.rows, back.gate, back.reason) == (False, [], "", "worse")
 
 
+@pytest.mark.parametrize("lacking", ["measurement", "manifest", "metric"])
+def test_force_moves_an_alias_though_a_check_cannot_judge(
+    registry: Registry, store_url: str, lacking: str
+) -> None:
+    first, second = made(registry, store_url, 1), made(registry, store_url, 2)
+    registry.promote(first, "champion", Gate())
+    asked, said = gate({"check": "against_holder", "margin": 0.1}), "was not evaluated on"
+    if lacking == "manifest":
+        Path(first.manifest.removeprefix("file://")).unlink()
+        said = "MANIFEST.json"
+    elif lacking == "metric":
+        asked, said = Gate.of("top5", 0.0), "has no metric 'top5'"
+    with pytest.raises((ConfigError, CheckpointError), match=re.escape(said)):
+        registry.promote(second, "champion", asked)
+    promotion = registry.promote(second, "champion", asked, force="the holder is broken")
+    assert (promotion.version, promotion.forced, promotion.metric) == (2, True, "")
+    failed, restored = promotion.rows
+    assert (failed["check"], failed["passed"], restored["passed"]) == (asked.checks[0].check, False, True)
+    assert said in failed["reason"]
+    assert registry.log.read("toy")[-1] == promotion
+
+
 def test_no_force_moves_an_alias_to_what_does_not_restore(registry: Registry, store_url: str) -> None:
     folder = finish(store_url, config(1), METRICS, weight=float("inf"))
     broken = registry.register("toy", config(1), "run-id")
