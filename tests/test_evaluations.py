@@ -219,6 +219,24 @@ def test_changed_predictions_are_not_used(site: Site, version: Version) -> None:
         kept.predictions(measured)
 
 
+def test_measured_afresh_changed_predictions_are_right_again(site: Site, version: Version) -> None:
+    measured, kept = measure(site, here=True), Evaluations(site.runs)
+    assert measured.predictions is not None
+    folder = f"runs/{version.run}/{measured.target.folder}"
+    store, good = open_store(site.runs), kept.predictions(measured)
+    store.write(f"{folder}/{measured.predictions.name}", b"damaged")
+    kept.append(measured, good)
+    store.write(f"{folder}/{measured.predictions.name}", b"damaged")
+    fresh = measure(site, here=True, fresh=True)
+    assert fresh.predictions == measured.predictions
+    assert (kept.predictions(measured).classes == good.classes).all()
+    for info in list(store.list(folder)):
+        if info.key.endswith(".json"):
+            store.delete(info.key)
+    store.write(f"{folder}/{measured.predictions.name}", b"damaged")
+    assert len(kept.predictions(measure(site, here=True)).classes) == 91
+
+
 def test_a_damaged_or_foreign_record_is_named(site: Site, version: Version) -> None:
     measured, kept = measure(site, here=True), Evaluations(site.runs)
     key = f"runs/{version.run}/{measured.target.folder}/0000.json"
