@@ -390,6 +390,7 @@ def test_defaults_are_enough_for_a_short_file(tmp_path: Path) -> None:
         ("global_batch_size", "train.global_batch_size"),
         ("data.image_size", "model.image_size"),
         ("train.workers", "compute.workers"),
+        ("model.patch size", "model.patch_size"),
     ],
 )
 def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant: str | None) -> None:
@@ -461,6 +462,11 @@ def test_a_misspelt_field_is_named_with_the_one_that_was_meant(path: str, meant:
 )
 def test_an_impossible_value_is_named_with_its_field(path: str, value: Any, said: str) -> None:
     assert message(changed(path, value)).startswith(said)
+
+
+@pytest.mark.parametrize("name", ["optim.learning_rate", "learning rate", "1", ""])
+def test_what_is_no_name_of_a_field_is_named_all_the_same(name: str) -> None:
+    assert "unknown field; " in message({**VALUES, "init": None, name: 1})
 
 
 def test_each_wrong_field_has_a_line() -> None:
@@ -610,6 +616,9 @@ def test_whatever_is_in_a_field_is_taken_or_refused_in_words(value: Any, path: s
         (b"name: !!python/object:os.system x\n", "run.yaml is not readable YAML: could not determine a con"),
         (b"2026-01-31: x\n", "run.yaml: keys must be str, int, float, bool or None, not datetime.date"),
         (b"name: &a [*a]\n", "run.yaml: Circular reference detected"),
+        (b"name: 2026-02-31\n", "run.yaml is not readable YAML: day is out of range"),
+        (b"seed: 1" + b"0" * 5000, "run.yaml is not readable YAML: Exceeds the limit"),
+        (b"name: " + b"[" * 2000, "run.yaml is not readable YAML: maximum recursion depth"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: bytes, said: str) -> None:

@@ -69,8 +69,13 @@ _Loader.add_constructor("!exponential", _exponential)
 
 
 def _parse(text: str) -> Any:
-    values = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
-    if _count(values, {}) > MAX_VALUES:
+    try:
+        values = yaml.load(text, _Loader)  # noqa: S506 a SafeLoader
+        count = _count(values, {})
+    except (ValueError, RecursionError) as error:
+        # A day that no calendar has, a number of a thousand digits, a thousand lists in one another.
+        raise yaml.YAMLError(str(error)) from None
+    if count > MAX_VALUES:
         raise yaml.YAMLError(f"with its aliases written out it has more than {MAX_VALUES:,} values")
     return values
 
@@ -100,6 +105,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         path = _field(item["loc"], model)
+        if item["type"] == "extra_forbidden":
+            # Whatever somebody wrote there, no name of ours such as `optim.beta1` in one piece.
+            path = (*_field(item["loc"][:-1], model), item["loc"][-1])
         found = repr(item["input"])
         found = found if len(found) <= MAX_SHOWN else f"{found[:MAX_SHOWN]}..."
         match item["type"]:
