@@ -73,8 +73,8 @@ class Gate(Part):
 
     @classmethod
     def of(cls, metric: str, minimum: float) -> Self:
-        """One metric of the version's own run."""
-        return cls(checks=(Metric(metric=metric, minimum=minimum),))
+        """One metric of the version's own run; ConfigError if the minimum is no number."""
+        return cls.parse({"metric": metric, "minimum": minimum})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -170,13 +170,14 @@ def _problems(number: int, entry: Any) -> list[str]:
     where = f"checks.{number}"
     if not isinstance(entry, dict) or "check" not in entry:
         return [f"{where}: expected fields with `check:`, one of {', '.join(kinds)}"]
-    kind = kinds.get(entry["check"])
+    name = entry["check"]
+    kind = kinds.get(name) if isinstance(name, str) else None
     if kind is None:
-        near = difflib.get_close_matches(str(entry["check"]), kinds, n=1)
+        near = difflib.get_close_matches(str(name), kinds, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}"
-        return [f"{where}.check: no check {entry['check']!r}; {hint}"]
+        return [f"{where}.check: no check {name!r}; {hint}"]
     try:
         kind.model_validate_json(json.dumps(entry))
     except ValidationError as error:
-        return [f"{where} ({entry['check']}): {line}" for line in explain(error, kind).splitlines()]
+        return [f"{where} ({name}): {line}" for line in explain(error, kind).splitlines()]
     return []

@@ -115,6 +115,7 @@ def test_one_metric_is_a_gate() -> None:
             "checks: [{check: metric, minimun: 0.9}]",
             "checks.0 (metric): minimun: unknown field; did you mean minimum?",
         ),
+        ("checks: [{check: [metric]}]", "checks.0.check: no check ['metric']; did you mean metric?"),
         ("checks: [{check: metric}]", "checks.0 (metric): give either a minimum or a maximum"),
         ("checks: [{check: metric, minimum: high}]", "checks.0 (metric): minimum: "),
         ("checks: [{check: against_holder}]", "give either `better: true` or a margin"),
@@ -464,6 +465,9 @@ def test_the_command(registry: Registry, store_url: str, tmp_path: Path, command
             command(*asked, *wrong)
     with pytest.raises(ConfigError, match="--gate: give a file, or --metric"):
         command(*asked, "--minimum", "0.5")
+    for number in ("nan", "inf"):
+        with pytest.raises(ConfigError, match=f"minimum: input should be a finite number, got {number}$"):
+            command("toy", "1", "--to", "champion", "--minimum", number)
     with pytest.raises(ConfigError, match="toy has no version 9"):
         command("toy", "9", "--to", "champion", "--dry-run")
     with pytest.raises(ConfigError, match="alias name"):
