@@ -68,6 +68,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _say(text: str) -> None:
+    """Addresses and paths as they are."""
+    console.print(text, markup=False)
+
+
 def _fail(error: VitscaleError, code: int) -> None:
     errors.print(f"error: {error}", markup=False)
     sys.stdout.flush()
@@ -101,15 +106,15 @@ def quickstart(
     from pipelines.sources import open_source
 
     open_source(data)  # a mistake in it is told before anything starts
-    site = services.up(directory.resolve(), progress=console.print)
+    site = services.up(directory.resolve(), progress=_say)
     # Ray reads its authentication mode when it is first imported, so the environment comes before.
     os.environ.update(site.environment())
     from pipelines.quickstart import run_quickstart
 
     result = run_quickstart(site, directory.resolve(), data, recipe, effort, console)
-    console.print(f"\nReport   {result.report}")
-    console.print(f"MLflow   {result.mlflow}")
-    console.print(f"Services stay up; `vitscale down --dir {directory}` ends them.")
+    _say(f"\nReport   {result.report}")
+    _say(f"MLflow   {result.mlflow}")
+    _say(f"Services stay up; `vitscale down --dir {directory}` ends them.")
 
 
 @app.command()
@@ -136,11 +141,9 @@ def up(
         ray_port=ray_port,
         object_store=object_store,
         num_cpus=num_cpus,
-        progress=console.print,
+        progress=_say,
     )
-    console.print(
-        f"\nMLflow   {site.mlflow}\nRay      {site.ray}\nData     {site.data}\nRuns     {site.runs}"
-    )
+    _say(f"\nMLflow   {site.mlflow}\nRay      {site.ray}\nData     {site.data}\nRuns     {site.runs}")
 
 
 @app.command()
@@ -151,7 +154,7 @@ def down(directory: Directory = Path(".vitscale")) -> None:
     """
     from orchestrator import services
 
-    services.down(directory.resolve(), console.print)
+    services.down(directory.resolve(), _say)
 
 
 app.command()(doctor)

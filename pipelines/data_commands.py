@@ -168,7 +168,8 @@ def _print_ingested(report: "IngestReport") -> None:
     test = f", {report.num_test:,} test images" if report.num_test else ""
     console.print(
         f"{report.destination}: {report.num_train:,} training and {report.num_validation:,} validation images"
-        f"{test}, {len(report.classes)} classes, {report.num_shards} shards, read as {report.format}"
+        f"{test}, {len(report.classes)} classes, {report.num_shards} shards, read as {report.format}",
+        markup=False,
     )
     for count, lines, what in (
         (report.num_skipped, report.skipped, "unreadable images were left out"),
@@ -184,7 +185,7 @@ def _print_ingested(report: "IngestReport") -> None:
     if report.num_dropped:
         console.print(f"  {report.num_dropped:,} images were left out as duplicates")
     if report.encoding:
-        console.print(f"  pixels were changed: {report.encoding}")
+        console.print(f"  pixels were changed: {report.encoding}", markup=False)
 
 
 def index(

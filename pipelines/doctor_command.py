@@ -34,15 +34,14 @@ def doctor(
     with errors.status("asking services and nodes") as status:
         for finding in examine(where, mib):
             found.append(finding)
-            status.update(f"{finding.check}, {finding.where}")
+            status.update(Text(f"{finding.check}, {finding.where}"))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))
     else:
         table = Table("check", "where", "", "found", box=None)
         for finding in found:
-            table.add_row(
-                finding.check, finding.where, Text(finding.state, STYLES[finding.state]), Text(finding.found)
-            )
+            state = Text(finding.state, STYLES[finding.state])
+            table.add_row(finding.check, Text(finding.where), state, Text(finding.found))
             if finding.advice:
                 table.add_row("", "", "", Text(f"→ {finding.advice}", "dim" if finding.state == "ok" else ""))
         console.print(table)

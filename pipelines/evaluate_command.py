@@ -147,7 +147,7 @@ def _print(measured: "Measured") -> None:
     console.print(table)
     if measured.bad_samples:
         console.print(f"{len(measured.bad_samples)} damaged images were left out; --json lists them")
-    console.print(_worst_classes(measured))
+    console.print(_worst_classes(measured), markup=False)
     console.print(_calibration(measured))
     if measured.few_shot:
         console.print(_few_shot(measured.few_shot))

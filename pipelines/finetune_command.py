@@ -91,12 +91,7 @@ def finetune(
     parent = find_parent(where, model, ignore_moved_alias=ignore_moved_alias)
     configs = finetune_configs(where, parent, tuning)
     versions = finetune_all(where, configs, register_as=register_as, console=progress_console(as_json))
-    if len(versions) == 1:
-        print_version(versions[0], as_json)
-    elif as_json:
-        typer.echo(json.dumps([asdict(version) for version in versions]))
-    else:
-        console.print(_table(versions))
+    print_versions(versions, as_json)
 
 
 def read_sizes(texts: Sequence[str]) -> "tuple[ImageSize, ...]":
@@ -110,6 +105,15 @@ def as_overrides(
     """What has an option of its own, then `--set`, which may say otherwise."""
     own = [("layer_decay", layer_decay), ("freeze", json.dumps(freeze) if freeze else None)]
     return (*(f"optim.{field}={value}" for field, value in own if value is not None), *(overrides or ()))
+
+
+def print_versions(versions: "Sequence[Version]", as_json: bool) -> None:
+    if len(versions) == 1:
+        print_version(versions[0], as_json)
+    elif as_json:
+        typer.echo(json.dumps([asdict(version) for version in versions]))
+    else:
+        console.print(_table(versions), markup=False)
 
 
 def _table(versions: "Sequence[Version]") -> Table:

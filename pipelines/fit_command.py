@@ -258,7 +258,7 @@ def _show(
     if as_json:
         typer.echo(json.dumps(values(report), allow_nan=False))
         return
-    console.print(tables(report))
+    console.print(tables(report), markup=False)
 
 
 def _families(text: str) -> tuple[str, str]:

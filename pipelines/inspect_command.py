@@ -56,8 +56,9 @@ def inspect(
     table = Table(*stage.BLOCK_HEADER, box=None)
     for row in stage.block_rows(found.probes):
         table.add_row(*row)
-    console.print(f"{found.name}, {found.images_seen:,} images seen; {found.probes.num_images} looked at")
+    looked = f"{found.images_seen:,} images seen; {found.probes.num_images} looked at"
+    console.print(f"{found.name}, {looked}", markup=False)
     console.print(table)
     for line in found.lost:
         console.print(f"not in the history: {line}", markup=False)
-    console.print(f"page: {found.page}")
+    console.print(f"page: {found.page}", markup=False)

@@ -88,7 +88,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(found.to_json()))
     else:
-        console.print(as_table(found))
+        console.print(as_table(found), markup=False)
     found.refuse()
 
 

@@ -38,13 +38,13 @@ class JobProgress:
         self._label = label
         self._last_line, self._printed = "", time.monotonic()
         self._bar = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -81,7 +81,7 @@ class JobProgress:
     def _print(self, line: str) -> None:
         if time.monotonic() - self._printed > (SAME_SECONDS if line == self._last_line else PLAIN_SECONDS):
             self._last_line, self._printed = line, time.monotonic()
-            self._console.print(line, highlight=False)
+            self._console.print(line, markup=False, highlight=False)
 
     def _read(self) -> bool:
         """Take what is new; whether there was anything."""

@@ -58,7 +58,7 @@ def scale(
         if as_json:
             typer.echo(json.dumps(previews.as_json(shown)))
         else:
-            console.print(previews.as_table(shown))
+            console.print(previews.as_table(shown), markup=False)
         return
     outcome = study_status(where, shown) if status else do_study(where, shown, progress_console(as_json))
     if as_json:
@@ -66,8 +66,8 @@ def scale(
     else:
         if status or outcome.failed:
             console.print(table(outcome.standings))
-        console.print(as_table(outcome.results, fit_laws(outcome.results)))
-        console.print(f"points: {outcome.points}")
+        console.print(as_table(outcome.results, fit_laws(outcome.results)), markup=False)
+        console.print(f"points: {outcome.points}", markup=False)
     if not status:
         outcome.check()
 

@@ -148,4 +148,4 @@ def _print_resume(report: "ResumeReport") -> None:
     words = {True: "kept", False: "BROKEN", None: "not tried"}
     for check in report.checks:
         table.add_row(check.promise, words[check.kept], check.seen)
-    console.print(table)
+    console.print(table, markup=False)

@@ -93,7 +93,7 @@ class _PhaseBars:
         self._phases: dict[str, TaskID] = {}
         self._begun: dict[str, tuple[float, int]] = {}
         self._bar = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -128,7 +128,7 @@ def phase_bars(label: str) -> AbstractContextManager[Callable[[str, int, int], N
 class _Bar:
     def __init__(self, label: str, console: Console) -> None:
         self._bar = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

@@ -113,5 +113,5 @@ def print_version(version: "Version", as_json: bool) -> None:
     shown = {name: value for name, value in version.metrics.items() if not name.endswith(ENDS)}
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
     parent = f"  parent {version.parent}" if version.parent else ""
-    console.print(f"{version.label}  {size_text(version.image_size)} px  {metrics}{parent}")
+    console.print(f"{version.label}  {size_text(version.image_size)} px  {metrics}{parent}", markup=False)
     console.print(f"promote it: vitscale promote {version.model} {version.version} --to champion")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orchestrator.retention import Retention
 from orchestrator.site import Site
 from orchestrator.versions import Version
 from pipelines import evaluate as stage
+from pipelines import evaluate_command, finetune_command
 from pipelines.cli import app
 from pipelines.evaluate import evaluate_version
 from pipelines.evaluation.cluster import ClusterJob
@@ -335,6 +337,21 @@ def test_the_command_shows_what_is_kept(
     assert len(jobs) == 1
     with pytest.raises(ConfigError, match="toy has no version 2"):
         evaluate_version(site, "toy/2", data=None, console=CONSOLE)
+
+
+@pytest.mark.parametrize("name", ["[/INST]", "[unk]", "back\\"])
+def test_names_of_classes_and_parents_are_shown_as_they_are(
+    site: Site, version: Version, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    measured = measure(site, here=True)
+    classes = (name,) * len(measured.classes)
+    evaluate_command._print(measured.model_copy(update={"classes": classes}))
+    assert f"{name} " in capsys.readouterr().out
+    named = replace(version, parent=f"{name}/1")
+    finetune_command.print_versions([named, named], as_json=False)
+    assert capsys.readouterr().out.count(f"{name}/1 ") == 2
+    finetune_command.print_versions([named], as_json=False)
+    assert f"parent {name}/1\n" in capsys.readouterr().out
 
 
 def test_what_the_cluster_cannot_reach_is_told(site: Site, version: Version, monkeypatch: Any) -> None:

@@ -172,6 +172,13 @@ def test_one_bad_curve_does_not_hide_the_others(tmp_path):
     assert "at least 4 scales" in found["refused"]["few ViT"]
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    names = {"birds": "[/INST]", "cars": "[unk]"}
+    rows = [{**row, "task": names[row["task"]]} for row in learning_curves()]
+    said = fit(write(tmp_path / "points.csv", rows))
+    assert "[/INST]" in said and "[unk]" in said
+
+
 def test_accuracy_becomes_error_and_missing_cells_are_told(tmp_path):
     rows = [{"images_seen": x, "top1": 100 - 40 * x**-0.3} for x in np.geomspace(1, 100, 20)]
     rows[4]["top1"] = None
