@@ -91,16 +91,35 @@ class Case:
         return self.find_holder() if self.find_holder else None
 
 
-def ancestors(manifest: Manifest) -> list[str]:
-    """Labels of registered versions, the nearest first, as far as their manifests can be read."""
-    labels: list[str] = []
-    while (origin := manifest.config.get("init")) and origin["parent"] not in labels:
-        labels.append(origin["parent"])
+@dataclass(frozen=True)
+class Descent:
+    """What a version comes from, up to the root."""
+
+    models: frozenset[str]
+    """Of the registered versions with whose weights it, or one of those, began."""
+    forked: frozenset[str]
+    """Runs that it, or one of those, is a cooldown of."""
+    trainings: tuple[str, ...]
+    """Its own first, each named by the run that began it: a cooldown is of its run's training."""
+
+
+def descent(manifest: Manifest) -> Descent:
+    """As far as manifests can be read."""
+    models, forked, trainings = set[str](), set[str](), [manifest.run]
+    while origin := manifest.config.get("fork") or manifest.config.get("init"):
+        is_fork = bool(manifest.config.get("fork"))
+        if is_fork:
+            forked.add(origin["parent"])
+            trainings[-1] = origin["parent"]
+        else:
+            models.add(origin["parent"].partition("/")[0])
         try:
             _, manifest = open_manifest(origin["manifest"], origin["digest"])
         except CheckpointError:
             break
-    return labels
+        if not is_fork:
+            trainings.append(manifest.run)
+    return Descent(frozenset(models), frozenset(forked), tuple(trainings))
 
 
 def lineage_problems(case: Case) -> list[str]:

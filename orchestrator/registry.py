@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Literal
@@ -15,7 +15,7 @@ from typing import Literal
 from mlflow.tracking import MlflowClient
 
 from orchestrator.aliases import Aliases, Change
-from orchestrator.evidence import Case, Evidence, ancestors
+from orchestrator.evidence import Case, Evidence, descent
 from orchestrator.gates import Gate, Verdict
 from orchestrator.job import check_name, unfinished_on
 from orchestrator.judgements import Judgements
@@ -45,7 +45,8 @@ class Judgement:
     holder: Promotion | None
     """Of the alias, at that moment."""
     attempts: dict[str, int]
-    """Versions of this model, and of those it comes from, that were judged so far by each data set's URL."""
+    """Versions of this model, and of those it comes from, that were judged so far by each data set's URL;
+    cooldowns of one run count as one model."""
 
 
 def open_registry(site: Site) -> "Registry":
@@ -234,15 +235,22 @@ class Registry:
             return found.digest if found else None
 
         verdict = gate.judge(Case(challenger, against, digest_of), forced=forced)
-        return Judgement(gate, verdict, holder, self._count(version, challenger, verdict))
+        attempts = self._count(version, challenger, verdict, lambda: by_label().values())
+        return Judgement(gate, verdict, holder, attempts)
 
-    def _count(self, version: Version, evidence: Evidence, verdict: Verdict) -> dict[str, int]:
-        """Notes that the version was judged; how many were, by the data."""
-        models = {version.model, *(label.partition("/")[0] for label in ancestors(evidence.manifest))}
+    def _count(
+        self, version: Version, evidence: Evidence, verdict: Verdict, known: Callable[[], Iterable[Version]]
+    ) -> dict[str, int]:
+        """Notes that the version was judged; how many were, by the data. `known`: all registered versions."""
+        origins = descent(evidence.manifest)
+        models = {version.model, *origins.models}
+        if origins.forked:
+            models |= {other.model for other in known() if other.run in origins.forked}
         asked = {row.fingerprint: row.data for row in verdict.rows if row.fingerprint}
+        training, noted = origins.trainings[0], self._judgements
         for fingerprint in asked:
-            self._judgements.note(fingerprint, version.model, version.version, version.digest)
-        return {url: self._judgements.count(fingerprint, models) for fingerprint, url in asked.items()}
+            noted.note(fingerprint, version.model, training, version.version, version.digest)
+        return {url: noted.count(data, models, origins.trainings) for data, url in asked.items()}
 
     def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
         """Move the alias back to the version that held it before, or to another that did; no gate is asked

@@ -404,6 +404,31 @@ def test_attempts_on_one_validation_set_are_counted(registry: Registry, store_ur
     assert registry.judge(child, "best", own).attempts == {data: 4}  # with those that it comes from
 
 
+def test_cooldowns_of_one_run_are_attempts_of_one_model(registry: Registry, store_url: str) -> None:
+    def judged(model: str, seed: int, **fields: Any) -> tuple[Version, int]:
+        finish(store_url, config(seed, **fields), METRICS)
+        version = registry.register(model, config(seed, **fields), "run-id")
+        (count,) = registry.judge(version, "best", Gate()).attempts.values()
+        return version, count
+
+    def fork(version: Version) -> dict[str, str]:
+        return {"manifest": version.manifest, "digest": version.digest, "parent": version.run}
+
+    assert judged("base", 1)[1] == 1
+    origin, count = judged("base", 2)
+    assert count == 2
+    cooled = [judged(f"cooldown-{seed}", seed, fork=fork(origin)) for seed in (3, 4, 5)]
+    assert [count for _, count in cooled] == [3, 4, 5]  # with all of the model that their run became
+    again = judged("again", 6, fork=fork(cooled[0][0]))
+    assert again[1] == 6
+    assert judged("other", 7)[1] == 1
+    tuned = {"manifest": again[0].manifest, "digest": again[0].digest, "parent": again[0].label}
+    assert judged("tuned", 8, init={**tuned, "new_head": False})[1] == 7
+    assert registry.judge(origin, "best", Gate()).attempts == {VALUES["data"]["validation_url"]: 6}
+    Path(origin.manifest.removeprefix("file://")).unlink()
+    assert judged("late", 9, fork=fork(origin))[1] == 7
+
+
 def test_who_loses_the_race_is_judged_against_the_new_holder(
     registry: Registry, mlflow: FakeMlflow, store_url: str
 ) -> None:

@@ -120,7 +120,7 @@ def test_a_run_needs_what_its_role_has_and_its_history_is_nobody_s_to_replace(
 
     requests.clear()
     PromotionLog(store).append(record(0))
-    Judgements(store).note("0" * 64, "toy", 1, "d" * 64)
+    Judgements(store).note("0" * 64, "toy", "toy-1", 1, "d" * 64)
     assert refused("promoter", requests) == []
     for role in set(ROLES) - {"promoter"}:
         assert refused(role, written(requests)), role
