@@ -1,6 +1,7 @@
 """The checks of a gate: each judges a version by one row of the verdict, or by a few."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -10,6 +11,7 @@ from orchestrator.evidence import Case, DataSet, lineage_problems
 from workers.errors import CheckpointError, ConfigError
 from workers.evaluation.discordant import discordant
 from workers.evaluation.margins import bootstrap_low, excess_p, share_high, share_low
+from workers.evaluation.throughput import Throughput as Speed
 from workers.part import Part
 
 SHARES = ("val_accuracy", "val_top5")
@@ -251,18 +253,10 @@ class Throughput(Part):
 
     def judge(self, case: Case) -> list[Row]:
         subject = case.challenger
-        rows = [
-            row
-            for measured in subject.all_measured()
-            for row in measured.throughput
-            if self.device.lower() in row.device.lower() and self.dtype in (None, row.dtype)
-        ]
+        measured = [row for found in subject.all_measured() for row in found.throughput]
+        rows = [row for row in measured if self.counts(row)]
         if not rows:
-            on = f" on a device {self.device!r}" if self.device else ""
-            raise ConfigError(
-                f"the throughput of {subject.label}{on} was not measured yet; run "
-                f"`vitscale evaluate {subject.label} --throughput`, or give --evaluate"
-            )
+            raise ConfigError(self._lacking(subject.label, measured))
         best = max(rows, key=lambda row: row.images_per_second)
         value, passed = best.images_per_second, best.images_per_second >= self.minimum
         reason = (
@@ -271,6 +265,24 @@ class Throughput(Part):
         )
         asked = f"≥ {self.minimum:,.0f} images/s"
         return [Row("throughput", asked, passed, reason, value=value, low=best.slowest, high=best.fastest)]
+
+    def counts(self, row: Speed) -> bool:
+        """Is it of such a device and precision?"""
+        return self.device.lower() in row.device.lower() and self.dtype in (None, row.dtype)
+
+    def _lacking(self, label: str, measured: Sequence[Speed]) -> str:
+        """What to do where nothing that was measured counts."""
+        wanted = (f" on a device {self.device!r}" if self.device else "") + (
+            f" in {self.dtype}" if self.dtype else ""
+        )
+        said = f"the throughput of {label}{wanted} was not measured yet"
+        if not measured:
+            return f"{said}; run `vitscale evaluate {label} --throughput`, or give --evaluate"
+        there = ", ".join(sorted({f"in {row.dtype} on {row.device}" for row in measured}))
+        return (
+            f"{said}, only {there}; run `vitscale evaluate {label} --throughput --fresh` with --gpus N for "
+            "tasks on such a device, or with --here on a machine that has one"
+        )
 
 
 class Size(Part):

@@ -120,14 +120,14 @@ class Gate(Part):
             if isinstance(check, AgainstHolder | Slices)
             or (isinstance(check, Metric | Calibration) and check.data)
         ]
-        if self.throughput and not found:
+        if self.throughputs and not found:
             found = [None]
         return list(dict.fromkeys(found))
 
     @property
-    def throughput(self) -> bool:
-        """Does it ask for it?"""
-        return any(isinstance(check, Throughput) for check in self.checks)
+    def throughputs(self) -> list[Throughput]:
+        """The checks that ask for it."""
+        return [check for check in self.checks if isinstance(check, Throughput)]
 
     def with_data(self, url_of: Callable[[str], str]) -> Self:
         """Data sets by their URLs, where names were given."""

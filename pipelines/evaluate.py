@@ -6,7 +6,7 @@ once; of any other checkpoint it is only told.
 
 import hashlib
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from workers.evaluation.table import to_parquet
 from workers.evaluation.throughput import Throughput
 from workers.storage import AlreadyExists, NotFound, open_store
 from workers.training.manifest import MANIFEST
+
+Wanted = Callable[[Throughput], bool]
+"""Does this throughput count?"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def evaluate_version(
     console: Console,
     shots: Sequence[int] = (),
     throughput: bool = False,
+    speeds: Sequence[Wanted] = (),
     batch_size: int = 64,
     fresh: bool = False,
     here: bool = False,
@@ -86,8 +90,9 @@ def evaluate_version(
 ) -> Measured:
     """What is kept of a registered version on this data; what lacks is measured and kept first.
 
-    By a job of the cluster, which shows its progress on the console, or with `here` in this process. `fresh`:
-    measure again whatever is kept. The version in MLflow gets the metrics as tags.
+    By a job of the cluster, which shows its progress on the console, or with `here` in this process. For each
+    of `speeds` a throughput that counts must be there. `fresh`: measure again whatever is kept. The version
+    in MLflow gets the metrics as tags.
     """
     from orchestrator.evaluation_tags import tell_mlflow
     from orchestrator.registry import open_registry
@@ -99,17 +104,18 @@ def evaluate_version(
     subject = Subject.open(checkpoint, data=data, image_size=image_size, batch_size=batch_size)
     _check_shots(subject, shots)
     kept = Evaluations(site.runs)
+    speeds = [*speeds, lambda row: True] if throughput else speeds
     found = None if fresh else kept.find(subject.target)
-    if found is None or not _covers(found, shots, throughput):
+    if found is None or not _covers(found, shots, speeds):
         try:
             found = _measure(
-                site, subject, found, data=data, shots=shots, throughput=throughput, fresh=fresh, here=here,
+                site, subject, found, data=data, shots=shots, speeds=speeds, fresh=fresh, here=here,
                 gpus=gpus, bar=lambda label: make_bar(label, console),
             )  # fmt: skip
         except NotFound:
             # The same command, given twice, shared the job, and took its parts away with its record kept.
             found = None if fresh else kept.find(subject.target)
-            if found is None or not _covers(found, shots, throughput):
+            if found is None or not _covers(found, shots, speeds):
                 raise
     tell_mlflow(connect(site.mlflow), version, found, site)
     return found.model_copy(update={"model": version.label})
@@ -139,7 +145,7 @@ def _measure(
     *,
     data: str | None,
     shots: Sequence[int],
-    throughput: bool,
+    speeds: Sequence[Wanted],
     fresh: bool,
     here: bool,
     gpus: int | None,
@@ -157,7 +163,7 @@ def _measure(
         else:
             found, predictions = _predict_here(subject, bar)
     more = [count for count in shots if count not in {row.shots for row in found.few_shot}]
-    wanted = throughput and not found.throughput
+    wanted = not _has_speeds(found, speeds)
     if more or wanted:
         if job:
             extras = job.measure(more, throughput=wanted, bar=bar)
@@ -170,7 +176,7 @@ def _measure(
             break
         except AlreadyExists:
             other = kept.find(subject.target)
-            if not fresh and other is not None and _covers(other, shots, throughput):
+            if not fresh and other is not None and _covers(other, shots, speeds):
                 found = other
                 break
     if job:
@@ -192,15 +198,19 @@ def _extras_here(
 
 
 def _with(measured: Measured, few_shot: tuple[FewShot, ...], throughput: tuple[Throughput, ...]) -> Measured:
+    """A throughput that was measured again in the same way counts instead of the earlier one."""
     rows = sorted([*measured.few_shot, *few_shot], key=lambda row: (row.shots, row.seed))
-    update = {"few_shot": tuple(rows), "throughput": (*measured.throughput, *throughput)}
-    return measured.model_copy(update=update)
+    speeds = {(row.device, row.dtype, row.batch_size): row for row in (*measured.throughput, *throughput)}
+    return measured.model_copy(update={"few_shot": tuple(rows), "throughput": tuple(speeds.values())})
 
 
-def _covers(measured: Measured, shots: Sequence[int], throughput: bool) -> bool:
+def _covers(measured: Measured, shots: Sequence[int], speeds: Sequence[Wanted]) -> bool:
     """Does it have all that is asked for?"""
-    there = {row.shots for row in measured.few_shot}
-    return there.issuperset(shots) and (bool(measured.throughput) or not throughput)
+    return {row.shots for row in measured.few_shot}.issuperset(shots) and _has_speeds(measured, speeds)
+
+
+def _has_speeds(measured: Measured, speeds: Sequence[Wanted]) -> bool:
+    return all(any(counts(row) for row in measured.throughput) for counts in speeds)
 
 
 def _check_shots(subject: Subject, shots: Sequence[int]) -> None:

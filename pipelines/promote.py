@@ -42,8 +42,8 @@ def evaluate_for(site: Site, reference: str, alias: str, gate: Gate, console: Co
     for label in labels:
         for data in gate.with_data(site.data_url).data_sets:
             url = data or own.get("validation_url")
-            wanted = gate.throughput and label == version.label
-            evaluate_version(site, label, data=url, console=console, throughput=wanted)
+            speeds = [check.counts for check in gate.throughputs] if label == version.label else []
+            evaluate_version(site, label, data=url, console=console, speeds=speeds)
 
 
 def roll_back(site: Site, reference: str, version: int | None, reason: str) -> Promotion:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from orchestrator import registry as registry_module
 from orchestrator import tasks, tracking
+from orchestrator.checks import Throughput
 from orchestrator.evaluations import Evaluations, Measured
 from orchestrator.registry import Registry
 from orchestrator.retention import Retention
@@ -139,6 +140,23 @@ def test_what_was_not_measured_yet_is_added(
     assert all_of_it.throughput[0].images_per_second == 100.0
     assert measure(site, shots=[2], throughput=True) == all_of_it
     assert len(jobs) == 3
+
+
+def test_a_gate_that_asks_for_another_device_has_it_measured(
+    site: Site, version: Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluation.measure.throughput", speeds)
+    first = measure(site, here=True, throughput=True)
+    wanted = [Throughput(minimum=1, device="H100").counts]
+    again = measure(site, here=True, speeds=wanted)  # on the CPU, once more, since there is nothing else
+    assert again.throughput == first.throughput
+    monkeypatch.setattr(
+        "pipelines.evaluation.measure.throughput",
+        lambda *what, **how: replace(speeds(*what, **how), device="NVIDIA H100 80GB HBM3"),
+    )
+    found = measure(site, here=True, speeds=wanted)
+    assert [row.device for row in found.throughput] == ["cpu", "NVIDIA H100 80GB HBM3"]
+    assert measure(site, here=True, speeds=wanted, throughput=True) == found
 
 
 def speeds(*_: object, **how: Any) -> Any:

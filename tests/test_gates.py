@@ -237,8 +237,12 @@ def test_calibration_size_and_throughput(registry: Registry, store_url: str) -> 
     keep(store_url, version, predictions(range(0)), throughput=(speed,))
     assert rows(registry, version, fast) == [("100 images/s in float32 on cpu reach the gate's 90", True)]
     assert not rows(registry, version, {**fast, "minimum": 101})[0][1]
-    with pytest.raises(ConfigError, match="on a device 'H100' was not measured"):
-        rows(registry, version, {**fast, "device": "H100"})
+    with pytest.raises(ConfigError) as caught:
+        rows(registry, version, {**fast, "device": "H100", "dtype": "bfloat16"})
+    assert str(caught.value).startswith(
+        "the throughput of toy/1 on a device 'H100' in bfloat16 was not measured yet, only in float32 on "
+        "cpu; run `vitscale evaluate toy/1 --throughput --fresh` with --gpus N"
+    )
 
 
 def _model() -> Any:
