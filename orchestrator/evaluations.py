@@ -140,8 +140,8 @@ class Evaluations:
             raise CheckpointError(f"{where}: its sha256 is not the recorded one; evaluate again with --fresh")
         return from_parquet(data, where=where, digest=measured.digest, fingerprint=measured.fingerprint)
 
-    def append(self, measured: Measured, predictions: Predictions | None) -> Measured:
-        """The record, as the next one; AlreadyExists if another came first.
+    def append(self, measured: Measured, predictions: Predictions | None, seq: int) -> Measured:
+        """The record that follows the first `seq`, which are known; AlreadyExists if another came first.
 
         `predictions`: None if they are those of an earlier record, which `measured` names.
         """
@@ -153,7 +153,6 @@ class Evaluations:
             # Its name is its hash: other bytes of that name are damaged, whoever wrote them.
             store.write(f"{target.folder}/{file.name}", data)
             measured = measured.model_copy(update={"predictions": file})
-        seq = len(self.history(target))
         create_again(store, f"{target.folder}/{seq:04d}.json", measured.to_bytes())
         return measured
 

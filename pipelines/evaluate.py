@@ -105,12 +105,13 @@ def evaluate_version(
     _check_shots(subject, shots)
     kept = Evaluations(site.runs)
     speeds = [*speeds, lambda row: True] if throughput else speeds
-    found = None if fresh else kept.find(subject.target)
+    history = kept.history(subject.target)
+    found = history[-1] if history and not fresh else None
     if found is None or not _covers(found, shots, speeds):
         try:
             found = _measure(
-                site, subject, found, data=data, shots=shots, speeds=speeds, fresh=fresh, here=here,
-                gpus=gpus, bar=lambda label: make_bar(label, console),
+                site, subject, found, seq=len(history), data=data, shots=shots, speeds=speeds, fresh=fresh,
+                here=here, gpus=gpus, bar=lambda label: make_bar(label, console),
             )  # fmt: skip
         except NotFound:
             # The same command, given twice, shared the job, and took its parts away with its record kept.
@@ -143,6 +144,7 @@ def _measure(
     subject: Subject,
     found: Measured | None,
     *,
+    seq: int,
     data: str | None,
     shots: Sequence[int],
     speeds: Sequence[Wanted],
@@ -151,7 +153,10 @@ def _measure(
     gpus: int | None,
     bar: Bar,
 ) -> Measured:
-    """What `found` lacks, kept with the rest of it; of two commands at once the first one's record counts."""
+    """What `found`, the newest of `seq` records, lacks, kept with the rest of it.
+
+    Of two commands at once the first one's record counts, and the other adds to it what it lacks.
+    """
     kept = Evaluations(site.runs)
     url = kept.url(subject.target)
     job = None if here else ClusterJob(site, subject, url, data=data, gpus=gpus, fresh=fresh)
@@ -172,13 +177,17 @@ def _measure(
             found = _with(found, *_extras_here(subject, more, wanted, bar))
     while True:
         try:
-            found = kept.append(found, predictions)
+            found = kept.append(found, predictions, seq)
             break
         except AlreadyExists:
-            other = kept.find(subject.target)
-            if not fresh and other is not None and _covers(other, shots, speeds):
-                found = other
+            history = kept.history(subject.target)
+            seq = len(history)
+            if fresh or not history:
+                continue
+            if _covers(history[-1], shots, speeds):
+                found = history[-1]
                 break
+            found, predictions = _with(history[-1], found.few_shot, found.throughput), None
     if job:
         job.forget()
     return found
@@ -198,8 +207,9 @@ def _extras_here(
 
 
 def _with(measured: Measured, few_shot: tuple[FewShot, ...], throughput: tuple[Throughput, ...]) -> Measured:
-    """A throughput that was measured again in the same way counts instead of the earlier one."""
-    rows = sorted([*measured.few_shot, *few_shot], key=lambda row: (row.shots, row.seed))
+    """What was measured again in the same way counts instead of the earlier one."""
+    accuracies = {(row.shots, row.seed): row for row in (*measured.few_shot, *few_shot)}
+    rows = [accuracies[key] for key in sorted(accuracies)]
     speeds = {(row.device, row.dtype, row.batch_size): row for row in (*measured.throughput, *throughput)}
     return measured.model_copy(update={"few_shot": tuple(rows), "throughput": tuple(speeds.values())})
 

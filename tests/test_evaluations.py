@@ -26,6 +26,7 @@ from pipelines import evaluate as stage
 from pipelines import evaluate_command, finetune_command
 from pipelines.cli import app
 from pipelines.evaluate import evaluate_version
+from pipelines.evaluation import cluster
 from pipelines.evaluation.cluster import ClusterJob
 from pipelines.evaluation.measure import Subject, join_parts
 from pipelines.evaluation.tasks import TASKS
@@ -58,6 +59,7 @@ def version(registry: Registry, digits_url: str, store_url: str) -> Version:
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Functions and how many tasks, of jobs that run in this process."""
     made: list[tuple[str, int]] = []
+    works: dict[str, Any] = {}
 
     def run(
         site: Site,
@@ -72,6 +74,8 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     ) -> None:
         assert module == "pipelines.evaluation.job"
         made.append((function, len(arguments)))
+        # Of one work there is one job at a time: another one's of it is stopped.
+        assert works.setdefault(work, arguments) == arguments
         for given in json.loads(json.dumps(arguments)):
             done(TASKS[function](*given))
 
@@ -206,6 +210,37 @@ def test_of_two_at_once_one_record_wins(
     assert len([name for name in objects(site) if name.endswith(".json")]) == 1
 
 
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_two_at_once_that_measure_different_things_keep_both(
+    site: Site,
+    version: Version,
+    jobs: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    here: bool,
+    first: bool,
+) -> None:
+    """They begin from the same record, or from none."""
+    monkeypatch.setattr("pipelines.evaluation.measure.throughput", speeds)
+    before = None if first else measure(site, here=here)
+    name = "_extras_here" if here else "read_extras"
+    module = stage if here else cluster
+    take = getattr(module, name)
+
+    def overtaken(*what: Any) -> Any:
+        monkeypatch.setattr(module, name, take)
+        assert measure(site, here=here, shots=[1]).few_shot
+        return take(*what)
+
+    monkeypatch.setattr(module, name, overtaken)
+    both = measure(site, here=here, throughput=True)
+    assert both.throughput and {row.shots for row in both.few_shot} == {1}
+    assert before is None or both.predictions == before.predictions
+    assert len(Evaluations(site.runs).predictions(both).classes) == 91
+    assert measure(site, here=here, shots=[1], throughput=True) == both
+    assert [name for name in objects(site) if "/parts/" in name] == []
+
+
 def test_the_same_command_twice_shares_the_job(
     site: Site, version: Version, jobs: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +280,7 @@ def test_measured_afresh_changed_predictions_are_right_again(site: Site, version
     folder = f"runs/{version.run}/{measured.target.folder}"
     store, good = open_store(site.runs), kept.predictions(measured)
     store.write(f"{folder}/{measured.predictions.name}", b"damaged")
-    kept.append(measured, good)
+    kept.append(measured, good, 1)
     store.write(f"{folder}/{measured.predictions.name}", b"damaged")
     fresh = measure(site, here=True, fresh=True)
     assert fresh.predictions == measured.predictions

@@ -85,7 +85,8 @@ def keep(
         versions={},
         **fields,
     )
-    return Evaluations(runs).append(measured, found)
+    kept = Evaluations(runs)
+    return kept.append(measured, found, len(kept.history(measured.target)))
 
 
 def gate(*checks: dict[str, Any]) -> Gate:

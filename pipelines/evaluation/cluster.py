@@ -9,7 +9,7 @@ import torch
 import workers
 from orchestrator.site import Site
 from pipelines.evaluation.measure import Bar, Subject, join_parts
-from pipelines.evaluation.tasks import PART_IMAGES, Asked, Extras, read_extras, read_part
+from pipelines.evaluation.tasks import EXTRAS, PART_IMAGES, Asked, Extras, extras_key, read_extras, read_part
 from workers.config import ComputeConfig
 from workers.data.quarantine import BadSample
 from workers.errors import DataError
@@ -28,6 +28,8 @@ class ClusterJob:
         """`gpus`: of each task; None: as many as a worker of its training had. `fresh`: what another job has
         left is not used."""
         self._site = site
+        self._extras = ""
+        """Key of what was measured besides predictions."""
         self._total = subject.validation.num_samples
         config = subject.manifest.run_config
         compute = config.compute if config else ComputeConfig()
@@ -52,23 +54,29 @@ class ClusterJob:
         """With the names of the devices."""
         count = -(-self._total // PART_IMAGES)
         arguments = [[self._asked.model_dump_json(), part, count] for part in range(count)]
-        self._map("predict", arguments, self._total, bar)
+        self._map("predict", arguments, "predict", self._total, bar)
         parts = [read_part(self._asked, part, count) for part in range(count)]
         bad = [sample for _, about in parts for sample in about.bad_samples]
         devices = sorted({about.device for _, about in parts})
         return join_parts([predictions for predictions, _ in parts]), bad, ", ".join(devices)
 
     def measure(self, shots: Sequence[int], *, throughput: bool, bar: Bar) -> Extras:
-        self._map("measure", [[self._asked.model_dump_json(), list(shots), throughput]], 1, bar)
-        return read_extras(self._asked)
+        key = extras_key(shots, throughput)
+        self._map("measure", [[self._asked.model_dump_json(), list(shots), throughput]], key, 1, bar)
+        self._extras = key
+        return read_extras(self._asked, shots, throughput)
 
     def forget(self) -> None:
-        """The parts are needed no more."""
+        """The parts are needed no more; the extras of another command are."""
         store = open_store(self._asked.folder)
         for info in list(store.list()):
-            store.delete(info.key)
+            if info.key == self._extras or not info.key.startswith(EXTRAS):
+                store.delete(info.key)
 
-    def _map(self, function: str, arguments: Sequence[Sequence[object]], total: int, bar: Bar) -> None:
+    def _map(
+        self, function: str, arguments: Sequence[Sequence[object]], writes: str, total: int, bar: Bar
+    ) -> None:
+        """`writes`: what in the folder; another job that does is stopped."""
         # Here, because Ray reads its settings when it is imported, and evaluations in this process need none.
         from orchestrator.tasks import map_on_cluster
 
@@ -87,7 +95,7 @@ class ClusterJob:
                     JOB,
                     function,
                     arguments,
-                    f"{self._asked.folder}#{function}",
+                    f"{self._asked.folder}#{writes}",
                     done,
                     cpus=self._cpus,
                     gpus=self._gpus,

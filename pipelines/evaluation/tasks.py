@@ -6,6 +6,7 @@ not made again, so that a job that was killed goes on where it was.
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
 from pipelines.evaluation.measure import Checkpoint, Subject
@@ -18,9 +19,10 @@ from workers.evaluation.throughput import Throughput
 from workers.part import Part
 from workers.storage import NotFound, Store, join_url, open_store
 
+EXTRAS = "extras-"
+"""Prefix of the keys of all extras."""
 PART_IMAGES = 2048
 """Of a task: some seconds of a GPU, and what is lost with a node."""
-EXTRAS = "extras.json"
 
 
 class Asked(Part):
@@ -76,7 +78,7 @@ def measure(asked: str, shots: Sequence[int], throughput: bool) -> int:
         throughput=tuple(subject.throughput()) if throughput else (),
         device=subject.device_name,
     )
-    store.write(EXTRAS, extras.model_dump_json().encode())
+    store.write(extras_key(shots, throughput), extras.model_dump_json().encode())
     return 1
 
 
@@ -94,8 +96,14 @@ def read_part(asked: Asked, part: int, num_parts: int) -> tuple[Predictions, Abo
     return predictions, About.model_validate_json(store.read(f"{key}.json"))
 
 
-def read_extras(asked: Asked) -> Extras:
-    return Extras.model_validate_json(open_store(asked.folder).read(EXTRAS))
+def extras_key(shots: Sequence[int], throughput: bool) -> str:
+    """Two commands at once may ask for different ones."""
+    what = hashlib.sha256(repr((list(shots), throughput)).encode()).hexdigest()
+    return f"{EXTRAS}{what[:8]}.json"
+
+
+def read_extras(asked: Asked, shots: Sequence[int], throughput: bool) -> Extras:
+    return Extras.model_validate_json(open_store(asked.folder).read(extras_key(shots, throughput)))
 
 
 @functools.lru_cache(maxsize=1)
