@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from workers.config import InitConfig, RunConfig, load_config, make_config
+from workers.config import InitConfig, RunConfig, make_config
 from workers.config_text import explain, override, read_yaml
 from workers.errors import ConfigError
 from workers.models.resnet_sizes import RESNET_SIZES
@@ -364,7 +364,7 @@ def test_defaults_are_enough_for_a_short_file(tmp_path: Path) -> None:
         "        checkpoint_every_images: 50000}\n"
         "optim: {learning_rate: 1e-3, final_learning_rate: .1E-4, weight_decay: 5.e-2, clip_norm: +2E0}\n"
     )
-    config = load_config(path, ["optim.beta2=0.95", "seed=7"])
+    config = make_config(override(read_yaml(path), ["optim.beta2=0.95", "seed=7"]))
     assert config.train.images == 1_000_000
     assert config.train.eval_every_images == 50_000
     optim = config.optim

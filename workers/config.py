@@ -8,13 +8,12 @@ Nothing heavy is imported here: a laptop can check a configuration without torch
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from workers.config_text import explain, override, plain, read_yaml
+from workers.config_text import explain, plain
 from workers.errors import ConfigError
 from workers.model_config import ModelConfig
 from workers.models.sizes import Resampling
@@ -392,7 +391,3 @@ def make_config(values: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate_json(json.dumps(plain(values)))
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
-
-
-def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    return make_config(override(read_yaml(path), overrides))
