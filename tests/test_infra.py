@@ -4,6 +4,7 @@ a Docker engine.
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -401,6 +402,30 @@ def test_each_secret_that_is_named_is_explained() -> None:
     compose_part = guide.partition("## On one workstation")[2]
     for name in compose()["secrets"]:
         assert re.search(rf"\b{name}\b", compose_part), name
+
+
+def backup(job: str, store: Path, to: Path) -> subprocess.CompletedProcess[str]:
+    """The job's own copy, of `prod`, between two folders."""
+    (pod,) = [pod for name, pod in ALL_PODS if name == job][-1:]
+    (container,) = pod["containers"]
+    remotes = {"STORE": store, "BACKUP": to}
+    environment = {f"RCLONE_CONFIG_{name}_TYPE": "alias" for name in remotes}
+    environment |= {f"RCLONE_CONFIG_{name}_REMOTE": str(path) for name, path in remotes.items()}
+    return subprocess.run(
+        container["command"], env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.skipif(shutil.which("rclone") is None, reason="needs rclone")
+def test_the_backup_of_artifacts_takes_what_was_written_again(tmp_path: Path) -> None:
+    artifact = tmp_path / "store/example-mlflow/1/artifacts/confusion.json"
+    artifact.parent.mkdir(parents=True)
+    for content in ("[1]", "[1, 2]"):
+        artifact.write_text(content)
+        done = backup("artifacts-backup", tmp_path / "store", tmp_path / "backup")
+        assert done.returncode == 0, done.stderr
+        (copy,) = [path for path in (tmp_path / "backup").rglob("*") if path.is_file()]
+        assert copy.read_text() == content
 
 
 def secrets(node: Any) -> Iterator[str]:
