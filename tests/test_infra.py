@@ -428,6 +428,34 @@ def test_the_backup_of_artifacts_takes_what_was_written_again(tmp_path: Path) ->
         assert copy.read_text() == content
 
 
+KEPT = [
+    *("runs/birds-1/commits/000000.json", "runs/birds-1/evaluations/a/0000.json", "runs/jobs/events/1.json"),
+    *("promotions/probe/000001.json", "judgements/a/queue/b.json", "studies/birds-2/study.json"),
+]
+CHANGES = [
+    *("jobs/runs/birds-1", "probe/a", "queue/quotas.json", "queue/entries/a.json", "selftest/a/0.json"),
+    *("runs/birds-1/evaluations/a/parts/b/0.json", "studies/birds-2/points.parquet"),
+]
+
+
+@pytest.mark.skipif(shutil.which("rclone") is None, reason="needs rclone")
+def test_the_backup_of_runs_takes_all_history_and_tells_if_it_was_changed(tmp_path: Path) -> None:
+    bucket, kept = tmp_path / "store/example-training", tmp_path / "backup/vitscale-backup/training"
+    for key in [*KEPT, *CHANGES]:
+        (bucket / key).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / key).write_text("once")
+    for content in ("once", "and again"):
+        for key in CHANGES:
+            (bucket / key).write_text(content)
+        done = backup("runs-backup", tmp_path / "store", tmp_path / "backup")
+        assert done.returncode == 0, done.stderr
+        copied = [str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()]
+        assert sorted(copied) == sorted(KEPT)
+    (bucket / KEPT[0]).write_text("changed")
+    done = backup("runs-backup", tmp_path / "store", tmp_path / "backup")
+    assert done.returncode != 0 and "immutable file modified" in done.stderr
+
+
 def secrets(node: Any) -> Iterator[str]:
     """Names of Secrets that an object refers to."""
     if isinstance(node, dict):
