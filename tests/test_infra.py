@@ -323,6 +323,20 @@ def test_the_workstation_is_one_that_compose_takes_and_is_closed() -> None:
     check_site((INFRA / "compose" / "site.yaml").read_text())
 
 
+def test_the_workstation_reaches_its_services_by_the_names_that_containers_use() -> None:
+    """Jobs get the addresses of who submits them."""
+    site = (INFRA / "compose" / "site.yaml").read_text()
+    addresses = re.findall(r"http://([a-z-]+):(\d+)", site)
+    for name, port in addresses:
+        service = compose()["services"][name]
+        assert f"127.0.0.1:{port}:{port}" in service["ports"]
+        assert "outside" in service["networks"] and not compose()["networks"]["outside"]
+    assert "--allowed-hosts=mlflow:5000," in compose()["services"]["mlflow"]["command"][0]
+    hosts = f"127.0.0.1 {' '.join(name for name, _ in addresses)}"
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    assert hosts in site and f"'{hosts}' | sudo tee -a /etc/hosts" in guide
+
+
 def test_rules_and_dashboard_name_gauges_that_runs_show() -> None:
     rules = yaml.safe_load((INFRA / "monitoring" / "rules.yaml").read_text())
     dashboard = json.loads((INFRA / "monitoring" / "dashboard.json").read_text())
