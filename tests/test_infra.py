@@ -470,6 +470,14 @@ def test_the_backup_of_runs_takes_all_history_and_tells_if_it_was_changed(tmp_pa
     assert done.returncode != 0 and "immutable file modified" in done.stderr
 
 
+def test_each_backup_is_one_that_the_guide_brings_back() -> None:
+    text = " ".join(" ".join(words) for words in commands())
+    kept = {found.rstrip("/") for found in re.findall(r"backup:([\w/-]+)", text)}
+    restore = (ROOT / "docs" / "deploy.md").read_text().partition("## Backing up and restoring")[2]
+    assert set(re.findall(r"rclone copy(?:to)? backup:(vitscale-backup/\w+)", restore)) == kept
+    assert len(kept) == 3 and "attach the bucket's policy afterwards" in " ".join(restore.split())
+
+
 def secrets(node: Any) -> Iterator[str]:
     """Names of Secrets that an object refers to."""
     if isinstance(node, dict):
