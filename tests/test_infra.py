@@ -240,6 +240,17 @@ def test_the_site_file_of_a_cluster_is_one(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_guide_forwards_what_jobs_get_the_addresses_of(overlay: str) -> None:
+    """Of MLflow and the store; Ray has a tunnel of its own."""
+    (site,) = [i["data"]["site.yaml"] for i in rendered(overlay) if i["metadata"]["name"] == "site"]
+    addresses = re.findall(r"https://((?!ray\b)[a-z-]+):?(\d*)", site)
+    guide = (ROOT / "docs" / "deploy.md").read_text()
+    assert f"`127.0.0.1 {' '.join(name for name, _ in addresses)}`" in guide
+    for name, port in addresses:
+        assert re.search(rf"port-forward service/{name} {port or 443} ", guide), name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nodes_know_the_image_that_they_are_of(overlay: str) -> None:
     (cluster,) = [item for item in rendered(overlay) if item["kind"] == "RayCluster"]
     of_ray = [c for c in containers(cluster) if c["name"].startswith("ray-")]
