@@ -11,6 +11,7 @@ from typer.main import get_command
 from pipelines.cli import app
 from pipelines.recipes import RECIPES
 from tests import pages, reference_docs
+from tests.chaos.rows import ROWS
 from tests.pages import DOCS, PAGES, ROOT, Command
 from tests.test_recipes import FACTS
 from workers.config import make_config
@@ -130,6 +131,14 @@ def test_a_field_that_a_page_names_is_one_of_a_configuration(page: Path) -> None
 def test_a_field_that_is_not_there_would_be_told() -> None:
     assert pages.has_field("compute.workers.min") and pages.has_field("data.mix.url")
     assert not pages.has_field("compute.worker") and not pages.has_field("compute.workers.least")
+
+
+def test_the_pages_say_which_rows_were_not_soaked() -> None:
+    results = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text()
+    soaked = set(re.findall(r"^\| (R\w+) \| \d{4}-", results.partition("\n## Soaks")[2], re.MULTILINE))
+    (row,) = ROWS.keys() - soaked
+    assert f"{row} has no soak" in (ROOT / "docs" / "reliability.md").read_text()
+    assert f"soaks of all rows but {row} " in (ROOT / "docs" / "promises.md").read_text()
 
 
 def test_each_page_is_found_from_another() -> None:
