@@ -14,7 +14,7 @@ import pytest
 from orchestrator import services as local_services
 from orchestrator.daemons import ray_folder
 from orchestrator.processes import State
-from tests.pages import GUIDES, Step, steps
+from tests.pages import FILE, GUIDES, Step, steps
 
 STEPS = [step for guide in GUIDES for step in steps(guide)]
 NOT_HERE = {
@@ -96,6 +96,14 @@ def test_the_guides_are_read() -> None:
     assert len([step for step in STEPS if step.line.startswith("vitscale ")]) > 40
     unused = [start for start in NOT_HERE if not any(step.line.startswith(start) for step in STEPS)]
     assert unused == []
+
+
+def test_a_command_that_needs_the_checkout_says_so() -> None:
+    """The others are given in an empty folder."""
+    lines = [step.line.partition("#") for step in STEPS]
+    said = [told for command, _, told in lines if command.startswith("make ") or FILE.search(command)]
+    assert said
+    assert [told for told in said if not told.startswith(" in the checkout")] == []
 
 
 @pytest.mark.services
