@@ -133,6 +133,12 @@ def test_a_field_that_is_not_there_would_be_told() -> None:
     assert not pages.has_field("compute.worker") and not pages.has_field("compute.workers.least")
 
 
+def test_each_benchmark_is_described() -> None:
+    described = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
+    benchmarks = {name for name in TARGETS if name.startswith("bench-")}
+    assert benchmarks == set(re.findall(r"^make (bench-[a-z]+) ", described, re.MULTILINE))
+
+
 def test_the_pages_say_which_rows_were_not_soaked() -> None:
     results = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text()
     soaked = set(re.findall(r"^\| (R\w+) \| \d{4}-", results.partition("\n## Soaks")[2], re.MULTILINE))
