@@ -23,6 +23,7 @@ INLINE = [command for page in PAGES for command in pages.inline(page)]
 OURS = [command for command in CONSOLE if command.words[:1] == ("vitscale",)]
 (UsageError,) = typer.BadParameter.__bases__
 """Of click, which typer has in itself."""
+RESULTS = ROOT / "tests" / "benchmarks" / "RESULTS.md"
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -133,15 +134,21 @@ def test_a_field_that_is_not_there_would_be_told() -> None:
     assert not pages.has_field("compute.worker") and not pages.has_field("compute.workers.least")
 
 
+@pytest.mark.parametrize("page", [*PAGES, RESULTS, RESULTS.with_name("README.md")], ids=pages.name)
+def test_each_table_has_a_header(page: Path) -> None:
+    tables = re.findall(r"(?:^\|.*\n)+", pages.FENCE.sub("", page.read_text() + "\n"), re.MULTILINE)
+    assert [table for table in tables if not re.match(r".*\n\|[ :|-]+\|\n", table)] == []
+
+
 def test_each_benchmark_is_described() -> None:
-    described = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
+    described = RESULTS.with_name("README.md").read_text()
     benchmarks = {name for name in TARGETS if name.startswith("bench-")}
     assert benchmarks == set(re.findall(r"^make (bench-[a-z]+) ", described, re.MULTILINE))
 
 
 def test_the_pages_say_which_rows_were_not_soaked() -> None:
-    results = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text()
-    soaked = set(re.findall(r"^\| (R\w+) \| \d{4}-", results.partition("\n## Soaks")[2], re.MULTILINE))
+    soaks = RESULTS.read_text().partition("\n## Soaks")[2]
+    soaked = set(re.findall(r"^\| (R\w+) \| \d{4}-", soaks, re.MULTILINE))
     (row,) = ROWS.keys() - soaked
     assert f"{row} has no soak" in (ROOT / "docs" / "reliability.md").read_text()
     assert f"soaks of all rows but {row} " in (ROOT / "docs" / "promises.md").read_text()
