@@ -6,6 +6,7 @@ client was killed in between, or another overtook it.
 """
 
 import logging
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,9 @@ def _cause(ours: Sequence[Promotion], was: int | None, tags: Mapping[str, str]) 
     """Of an alias that names `was`, by its own records."""
     if not ours:
         return "by hand"
-    followed = int(text) if (text := tags.get(FOLLOWED_TAG + ours[0].alias, "")).isdecimal() else -1
+    # A person may have written anything there, also more digits than Python reads.
+    tag = re.fullmatch(r"[0-9]{1,12}", tags.get(FOLLOWED_TAG + ours[0].alias, ""))
+    followed = int(tag[0]) if tag else -1
     since = [record for record in ours if record.seq > followed]
     if not since:
         # An overtaken client may have set it last, and died before it looked again.

@@ -157,11 +157,13 @@ def test_a_client_that_was_overtaken_is_no_hand(
     assert moves(registry) == [("champion", 1, 2, "late")]
 
 
+@pytest.mark.parametrize("tag", ["", "9" * 5000])
 def test_aliases_of_an_older_release_that_are_right_stay(
-    registry: Registry, mlflow: FakeMlflow, versions: list[Version]
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version], tag: str
 ) -> None:
+    """Which noted nothing; or somebody has written over it."""
     registry.promote(versions[0], "champion", Gate())
-    del mlflow.tags["toy"][FOLLOWED_TAG + "champion"]
+    mlflow.tags["toy"][FOLLOWED_TAG + "champion"] = tag
     assert moves(registry) == []
     mlflow.aliases["toy", "champion"] = "3"
     assert moves(registry) == [("champion", 3, 1, "by hand")]
