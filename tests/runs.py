@@ -1,9 +1,10 @@
 """Tiny training runs on real digits, on as many ranks as a test wants, and what they leave in the store."""
 
+import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,29 +63,26 @@ def train_on(
         return [line for lines in ranks.results(patience) for line in lines]
 
 
-def train_rank(
-    config: RunConfig, run_url: str, before_create: Callable[[str], None] | None = None
-) -> list[str]:
-    """On one rank; `before_create(key)` is called before this rank writes an object."""
-    if before_create is not None:
-        loop.open_store = lambda url: HookedStore(open_store(url), before_create)
+def train_rank(config: RunConfig, run_url: str, around: "At | None" = None) -> list[str]:
+    """On one rank; `around(key)` is entered while this rank writes an object."""
+    if around is not None:
+        loop.open_store = lambda url: HookedStore(open_store(url), around)
     with recorded_logs() as lines:
         loop.train(config, run_url, CPU)
     return lines
 
 
 class HookedStore:
-    def __init__(self, store: Store, before_create: Callable[[str], None]) -> None:
-        self._store = store
-        self._before_create = before_create
+    def __init__(self, store: Store, around: "At") -> None:
+        self._store, self._around = store, around
 
     def create(self, key: str, data: bytes) -> None:
-        self._before_create(key)
-        self._store.create(key, data)
+        with self._around(key):
+            self._store.create(key, data)
 
     def upload(self, key: str, path: Path) -> None:
-        self._before_create(key)
-        self._store.upload(key, path)
+        with self._around(key):
+            self._store.upload(key, path)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -94,7 +92,7 @@ class HookedStore:
 class At:
     """Calls `action` once, right before this process writes its nth object, from 0, whose key has `part`.
 
-    With `after`, right after that: before it writes anything else.
+    With `after`, right after that, and not before it is there, whatever other threads write meanwhile.
     """
 
     part: str
@@ -102,13 +100,14 @@ class At:
     action: Callable[[], None]
     after: bool = False
 
-    def __call__(self, key: str) -> None:
-        left = self.nth
+    @contextlib.contextmanager
+    def __call__(self, key: str) -> Iterator[None]:
+        ours = self.part in key and self.nth == 0
         self.nth -= self.part in key
-        if left == 0 and not self.after and self.part in key:
+        if ours and not self.after:
             self.action()
-        if left == -1 and self.after:
-            self.after = False
+        yield
+        if ours and self.after:
             self.action()
 
 

@@ -42,7 +42,7 @@ def poisoned(losses, logits, poison):
     return losses
 
 
-def train_poisoned(config, run_url, poisons, rank=1, before_create=None):
+def train_poisoned(config, run_url, poisons, rank=1, around=None):
     """Train; on one rank a step has what `poisons` says of it. (steps, 4) totals."""
     honest_loss, honest_step = step.per_image_loss, loop.train_step
     at, totals = [], []
@@ -58,7 +58,7 @@ def train_poisoned(config, run_url, poisons, rank=1, before_create=None):
         return totals[-1]
 
     step.per_image_loss, loop.train_step = loss, recorded_step
-    train_rank(config, run_url, before_create)
+    train_rank(config, run_url, around)
     return torch.stack(totals).numpy()
 
 

@@ -84,9 +84,9 @@ def spiky_config(data_url, *overrides):
     )
 
 
-def train_spiky(config, run_url, poisons, before_create=None):
+def train_spiky(config, run_url, poisons, around=None):
     spikes.HISTORY = 16
-    return train_poisoned(config, run_url, poisons, 1, before_create)
+    return train_poisoned(config, run_url, poisons, 1, around)
 
 
 def leases(run_url):
