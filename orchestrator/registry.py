@@ -7,23 +7,21 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Literal
 
 from mlflow.tracking import MlflowClient
 
 from orchestrator.aliases import Aliases, Change
-from orchestrator.evidence import Case, Evidence, descent
-from orchestrator.gates import Gate, Verdict
+from orchestrator.gates import Gate
 from orchestrator.job import check_name, unfinished_on
-from orchestrator.judgements import Judgements
+from orchestrator.judge import Judge, Judgement
 from orchestrator.keys import Keys
 from orchestrator.promotions import Promotion, PromotionLog, check_alias, held_before, holders, retired
 from orchestrator.site import Site
 from orchestrator.tracking import connect
-from orchestrator.versions import DUPLICATE_TAG, Version, Versions, manifest_url
+from orchestrator.versions import DUPLICATE_TAG, Version, Versions, check_source, manifest_url
 from workers.config import RunConfig
 from workers.errors import CheckpointError, ConfigError, DataError
 from workers.storage import AlreadyExists, join_url, open_store
@@ -31,22 +29,6 @@ from workers.training.commits import CommitLog
 from workers.training.manifest import open_manifest
 
 log = logging.getLogger(__name__)
-
-MANIFEST_KEY = re.compile(r"/runs/[A-Za-z0-9][A-Za-z0-9._-]*/checkpoints/\d+-\d+/MANIFEST\.json")
-"""Of a run, below the root of a store of runs."""
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A gate's verdict on a version that is to hold an alias."""
-
-    gate: Gate
-    verdict: Verdict
-    holder: Promotion | None
-    """Of the alias, at that moment."""
-    attempts: dict[str, int]
-    """Versions of this model, and of those it comes from, that were judged so far by each data set's URL;
-    cooldowns of one run count as one model."""
 
 
 def open_registry(site: Site) -> "Registry":
@@ -62,7 +44,7 @@ class Registry:
         self._runs = runs
         self.log = PromotionLog(open_store(runs), keys)
         self.aliases = Aliases(client, self.log)
-        self._judgements = Judgements(open_store(runs))
+        self._judge = Judge(runs, self._versions)
 
     def register(self, model: str, config: RunConfig, run_id: str) -> Version:
         """The version that points to this run's final commit, made if it is not there."""
@@ -115,7 +97,7 @@ class Registry:
         MLflow by hand: whoever did expects another version (`ignore_moved_alias`: take what the log says).
         """
         version = self.find(reference)
-        self._check_source(version.label, version.manifest)
+        check_source(self._runs, version.label, version.manifest)
         alias = "" if ignore_moved_alias else reference.partition("@")[2]
         # MLflow first: what it says then follows a record that is in the log now.
         said = self.aliases.said(version.model) if alias else None
@@ -167,8 +149,9 @@ class Registry:
     def judge(self, version: Version, alias: str, gate: Gate) -> Judgement:
         """What the gate says, as of now; nothing moves, but that the version was judged is noted."""
         check_alias(alias)
-        self._check_source(version.label, version.manifest)
-        return self._judge(version, alias, gate, self.log.read(version.model))
+        history = self.log.read(version.model)
+        _check_in_use(history, version.version)
+        return self._judge.judge(version, gate, holders(history).get(alias))
 
     def promote(self, version: Version, alias: str, gate: Gate, *, force: str = "") -> Promotion:
         """Move the alias through the gate; the gate is asked again whenever another promotion came first.
@@ -176,11 +159,12 @@ class Registry:
         `force`: the reason for which the alias moves whatever the gate says, unless the restore test fails.
         """
         check_alias(alias)
-        self._check_source(version.label, version.manifest)
         while True:
             history = self.log.read(version.model)
-            judgement = self._judge(version, alias, gate, history, forced=bool(force))
-            verdict, holder = judgement.verdict, judgement.holder
+            _check_in_use(history, version.version)
+            holder = holders(history).get(alias)
+            judgement = self._judge.judge(version, gate, holder, forced=bool(force))
+            verdict = judgement.verdict
             if not verdict.passed and not (force and verdict.restores):
                 raise CheckpointError(f"{version.label} was not promoted: {verdict.reasons}")
             # By the number, too: MLflow may have lost that of the holder and have its manifest under another.
@@ -211,47 +195,6 @@ class Registry:
             if (made := self._append(promotion)) is not None:
                 return made
 
-    def _judge(
-        self,
-        version: Version,
-        alias: str,
-        gate: Gate,
-        history: Sequence[Promotion],
-        *,
-        forced: bool = False,
-    ) -> Judgement:
-        _check_in_use(history, version.version)
-        holder = holders(history).get(alias)
-        challenger = Evidence(self._runs, version.label, version.manifest, version.digest)
-        against = None
-        if holder is not None and holder.digest != version.digest:
-            label = f"{holder.model}/{holder.version}"
-            self._check_source(label, holder.manifest)
-            against = partial(Evidence, self._runs, label, holder.manifest, holder.digest)
-        by_label = cache(lambda: {each.label: each for each in self.versions()})
-
-        def digest_of(label: str) -> str | None:
-            found = by_label().get(label)
-            return found.digest if found else None
-
-        verdict = gate.judge(Case(challenger, against, digest_of), forced=forced)
-        attempts = self._count(version, challenger, verdict, lambda: by_label().values())
-        return Judgement(gate, verdict, holder, attempts)
-
-    def _count(
-        self, version: Version, evidence: Evidence, verdict: Verdict, known: Callable[[], Iterable[Version]]
-    ) -> dict[str, int]:
-        """Notes that the version was judged; how many were, by the data. `known`: all registered versions."""
-        origins = descent(evidence.manifest)
-        models = {version.model, *origins.models}
-        if origins.forked:
-            models |= {other.model for other in known() if other.run in origins.forked}
-        asked = {row.fingerprint: row.data for row in verdict.rows if row.fingerprint}
-        training, noted = origins.trainings[0], self._judgements
-        for fingerprint in asked:
-            noted.note(fingerprint, version.model, training, version.version, version.digest)
-        return {url: noted.count(data, models, origins.trainings) for data, url in asked.items()}
-
     def roll_back(self, model: str, alias: str, version: int | None, reason: str) -> Promotion:
         """Move the alias back to the version that held it before, or to another that did; no gate is asked
         but the restore test. CheckpointError if the alias moves meanwhile, or MLflow lacks the version."""
@@ -273,7 +216,7 @@ class Registry:
         from workers.training.restore import restore_test
 
         _check_in_use(history, target)
-        self._check_source(f"{model}/{target}", earlier.manifest)
+        check_source(self._runs, f"{model}/{target}", earlier.manifest)
         restore_test(earlier.manifest, earlier.digest)
         promotion = replace(
             earlier,
@@ -354,15 +297,6 @@ class Registry:
                 record.version,
                 record.model,
                 error,
-            )
-
-    def _check_source(self, label: str, manifest: str) -> None:
-        """Before anything is read from it: MLflow lets whoever may register name any address."""
-        below = manifest.startswith(self._runs) and MANIFEST_KEY.fullmatch(manifest[len(self._runs) :])
-        if not below:
-            raise CheckpointError(
-                f"{label}: its source {manifest} is no checkpoint below this site's {self._runs}/runs; "
-                "nothing is read from elsewhere"
             )
 
     def _check_alias_is_ours(self, alias: str, changes: Iterable[Change]) -> None:

@@ -1,6 +1,7 @@
 """A registered version, and how MLflow keeps it: a pointer to a manifest, with tags."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ DUPLICATE_TAG = "vitscale.duplicate_of"
 RETIRED_TAG = "vitscale.retired"
 PAGE = 1000
 """Versions per answer."""
+MANIFEST_KEY = re.compile(r"/runs/[A-Za-z0-9][A-Za-z0-9._-]*/checkpoints/\d+-\d+/MANIFEST\.json")
+"""Of a run, below the root of a store of runs."""
 LOCAL = "vitscale-"
 """Prefix of a `file://` source: MLflow refuses local paths, rightly, since its server would open them."""
 
@@ -200,3 +203,12 @@ def from_mlflow(version: ModelVersion) -> Version:
             if name.startswith("metric.")
         },
     )
+
+
+def check_source(runs: str, label: str, manifest: str) -> None:
+    """Before anything is read from it: MLflow lets whoever may register name any address."""
+    if not (manifest.startswith(runs) and MANIFEST_KEY.fullmatch(manifest[len(runs) :])):
+        raise CheckpointError(
+            f"{label}: its source {manifest} is no checkpoint below this site's {runs}/runs; nothing is read "
+            "from elsewhere"
+        )

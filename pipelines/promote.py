@@ -3,8 +3,9 @@
 from rich.console import Console
 
 from orchestrator.gates import Gate
+from orchestrator.judge import Judgement
 from orchestrator.promotions import Promotion
-from orchestrator.registry import Judgement, open_registry
+from orchestrator.registry import open_registry
 from orchestrator.site import Site
 from workers.errors import ConfigError
 from workers.training.manifest import open_manifest

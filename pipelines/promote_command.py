@@ -14,7 +14,7 @@ from pipelines.terminal import AsJson, SiteFile, console, errors, open_site
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from orchestrator.registry import Judgement
+    from orchestrator.judge import Judgement
 
 
 def promote(

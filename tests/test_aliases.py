@@ -1,11 +1,13 @@
 """MLflow's aliases come to what the log says; who moved them is told; retired versions stay out of use."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -462,34 +464,47 @@ def test_a_duplicate_of_what_was_retired_needs_no_checkpoint(
     assert registry.retired(float("inf")) == {manifests[0]}
 
 
-def test_whoever_supervises_the_site_keeps_its_aliases(
-    registry: Registry,
-    mlflow: FakeMlflow,
-    versions: list[Version],
-    store_url: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Through an outage of MLflow, and though another model's log is damaged."""
+Keeper = Callable[[], AbstractContextManager[tuple[list[tuple[str, str]], threading.Thread]]]
+"""What it says, of which model; and its thread."""
+
+
+@pytest.fixture
+def keeper(mlflow: FakeMlflow, store_url: str, monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    """Of the aliases, for a `with` block."""
     monkeypatch.setattr("orchestrator.registry.connect", lambda uri: mlflow)
     monkeypatch.setattr(reconciler, "TICK_SECONDS", 0.01)
     site = Site(ray="http://x", mlflow="http://x", data=store_url, runs=store_url)
+
+    @contextlib.contextmanager
+    def running() -> Iterator[tuple[list[tuple[str, str]], threading.Thread]]:
+        said: list[tuple[str, str]] = []
+        stop = threading.Event()
+        arguments = (site, lambda *told: said.append(told), stop)
+        thread = threading.Thread(target=reconciler.keep_aliases, args=arguments)
+        thread.start()
+        try:
+            yield said, thread
+        finally:
+            stop.set()
+            thread.join()
+
+    return running
+
+
+def test_whoever_supervises_the_site_keeps_its_aliases(
+    registry: Registry, mlflow: FakeMlflow, versions: list[Version], store_url: str, keeper: Keeper
+) -> None:
+    """Through an outage of MLflow, and though another model's log is damaged."""
     registry.promote(versions[0], "champion", Gate())
     registry.promote(Registry(mlflow, store_url).register("another", run_config(3), "id"), "champion", Gate())
     open_store(store_url).write("promotions/another/00000000.json", b"{}")
     mlflow.aliases["toy", "champion"] = "3"
     mlflow.down = True
-    said: list[tuple[str, str]] = []
-    stop = threading.Event()
-    thread = threading.Thread(target=reconciler.keep_aliases, args=(site, lambda *t: said.append(t), stop))
-    thread.start()
-    try:
+    with keeper() as (said, _):
         wait_for(lambda: said)
         mlflow.down = False
         wait_for(lambda: mlflow.aliases["toy", "champion"] == "1")
         wait_for(lambda: len(said) >= 3)
-    finally:
-        stop.set()
-        thread.join()
     assert [name for name, _ in said] == ["aliases", "another", "toy"]
     assert "connection refused" in said[0][1] and "is damaged" in said[1][1] and "by hand" in said[2][1]
 
@@ -500,12 +515,9 @@ def test_what_is_wrong_with_a_model_keeps_no_other_from_being_looked_after(
     mlflow: FakeMlflow,
     versions: list[Version],
     store_url: str,
-    monkeypatch: pytest.MonkeyPatch,
+    keeper: Keeper,
     wrong: str,
 ) -> None:
-    monkeypatch.setattr("orchestrator.registry.connect", lambda uri: mlflow)
-    monkeypatch.setattr(reconciler, "TICK_SECONDS", 0.01)
-    site = Site(ray="http://x", mlflow="http://x", data=store_url, runs=store_url)
     registry.promote(versions[0], "champion", Gate())
     registry.promote(Registry(mlflow, store_url).register("another", run_config(3), "id"), "champion", Gate())
     get = mlflow.get_registered_model
@@ -521,15 +533,8 @@ def test_what_is_wrong_with_a_model_keeps_no_other_from_being_looked_after(
         record = b"[" * (100_000 if wrong == "deep" else RECORD_BYTES + 1)
         open_store(store_url).write("promotions/another/00000000.json", record)
     mlflow.aliases["toy", "champion"] = "3"
-    said: list[tuple[str, str]] = []
-    stop = threading.Event()
-    thread = threading.Thread(target=reconciler.keep_aliases, args=(site, lambda *t: said.append(t), stop))
-    thread.start()
-    try:
+    with keeper() as (said, thread):
         wait_for(lambda: len(said) >= 2 or not thread.is_alive())
-    finally:
-        stop.set()
-        thread.join()
     assert [name for name, _ in said] == ["another", "toy"]
     known = {"deep": "is damaged", "huge": "bytes, and may have", "forbidden": "MLFLOW_TRACKING_USERNAME"}
     assert known[wrong] in said[0][1]

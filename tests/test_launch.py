@@ -17,7 +17,7 @@ from orchestrator.site import Site
 from orchestrator.supervisor import Supervisor
 from orchestrator.versions import Version
 from pipelines.finetune import Tuning, finetune_configs, name_children
-from pipelines.pipeline.file import read_pipeline
+from pipelines.pipeline.file import Pipeline, read_pipeline
 from pipelines.pretrain import make_spec, submit
 from pipelines.watch import FineTune, RunPipeline, Watch
 from tests.fake_mlflow import FakeMlflow
@@ -298,17 +298,23 @@ def test_an_alias_moved_by_hand_starts_nothing_and_outages_are_waited_out(
     assert len(fake.jobs) == 2
 
 
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    """Of one stage, which fine-tunes the champion."""
+    path = tmp_path / "children.yaml"
+    stages = {"children": {"finetune": "digits@champion", "image_sizes": [16]}}
+    path.write_text(yaml.safe_dump({"name": "children", "stages": stages}))
+    return read_pipeline(path)
+
+
 def test_a_pipeline_is_gone_through_once_for_each_holder(
     site: Site,
     registry: Registry,
     champions: list[Version],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    pipeline: Pipeline,
 ) -> None:
-    path = tmp_path / "children.yaml"
-    stages = {"children": {"finetune": "digits@champion", "image_sizes": [16]}}
-    path.write_text(yaml.safe_dump({"name": "children", "stages": stages}))
-    pipeline, console = read_pipeline(path), Console(quiet=True)
+    console = Console(quiet=True)
     with pytest.raises(ConfigError, match="pipeline children: none of its stages takes digits@candidate"):
         RunPipeline(site, pipeline, "digits@candidate", console)
     endings = [Unavailable("MLflow is away"), None, CheckpointError("a gate refuses")]
@@ -338,12 +344,8 @@ def test_a_pipeline_goes_on_with_no_job_that_was_stopped_or_has_failed(
     registry: Registry,
     champions: list[Version],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    pipeline: Pipeline,
 ) -> None:
-    path = tmp_path / "children.yaml"
-    stages = {"children": {"finetune": "digits@champion", "image_sizes": [16]}}
-    path.write_text(yaml.safe_dump({"name": "children", "stages": stages}))
-    pipeline = read_pipeline(path)
     monkeypatch.setattr("pipelines.pretrain.POLL_SECONDS", 0.0)
     promote(registry, champions[0])
 
